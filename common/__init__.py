@@ -1,0 +1,1 @@
+"""What both processes agree on: formats, layouts, wires and words. Imports neither of them."""

@@ -1,0 +1,56 @@
+"""One packed matrix: its planes and norms, the way back to weights, and the product without going back.
+
+The tensors may be views into a record, a file or a slot; nothing here copies them. Sixteen bits mean raw
+bfloat16: one plane holding the weights themselves, no norms, no codebook.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.hlwq.hadamard import hadamard_transform
+from common.hlwq.planes import BLOCK, RAW_BITS, unpack_planes
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """W (out_features, in_features) as planes (out, bytes) uint8 and norms (out, blocks) float16."""
+
+    bits: int
+    in_features: int
+    planes: tuple[Tensor, ...]
+    norms: Tensor | None
+
+    def codes(self) -> Tensor:
+        """The codes, padding included: uint8 (out_features, padded in_features)."""
+        return unpack_planes(self.planes, self.bits)
+
+    def decode(self, codebook: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W' = n (c[code] / sqrt(128)) H, trimmed to in_features, rounded once to `dtype`."""
+        if self.bits == RAW_BITS:
+            return self.planes[0].view(torch.bfloat16).to(dtype)
+        return hadamard_transform(self._rotated(codebook))[:, : self.in_features].to(dtype)
+
+    def product(self, x: Tensor, codebook: Tensor | None) -> Tensor:
+        """x W'^T for x (rows, in_features) in x.dtype: the activations are rotated, never the weights.
+
+        H is orthogonal and symmetric, so a row's dot product is sum_b n_b / sqrt(128) c[code_b] . (H x_b).
+        Accumulates in float32 whatever x.dtype is.
+        """
+        if self.bits == RAW_BITS:
+            return F.linear(x, self.planes[0].view(torch.bfloat16).to(x.dtype))
+        rotated = self._rotated(codebook)
+        aligned = F.pad(x.float(), (0, rotated.shape[1] - self.in_features))
+        return F.linear(hadamard_transform(aligned), rotated).to(x.dtype)
+
+    def _rotated(self, codebook: Tensor | None) -> Tensor:
+        """W' H, padding included: n / sqrt(128) c[code], float32 (out_features, padded in_features)."""
+        assert codebook is not None and self.norms is not None
+        levels = codebook.float()[self.codes().int()].view(self.norms.shape[0], -1, BLOCK)
+        scale = self.norms.float() * (1 / math.sqrt(BLOCK))
+        return (levels * scale[:, :, None]).view(levels.shape[0], -1)
