@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,14 +32,14 @@ def probability(low: float, high: float) -> float:
 def _centroids(boundaries: list[float]) -> list[float]:
     """Conditional means of N(0, 1) between neighbouring boundaries."""
     centroids = []
-    for low, high in zip(boundaries, boundaries[1:], strict=False):
+    for low, high in pairwise(boundaries):
         mass = probability(low, high)
         centroids.append((density(low) - density(high)) / mass if mass > 1e-10 else (low + high) / 2)
     return centroids
 
 
 def _boundaries(centroids: list[float]) -> list[float]:
-    inner = [(a + b) / 2 for a, b in zip(centroids, centroids[1:], strict=False)]
+    inner = [(a + b) / 2 for a, b in pairwise(centroids)]
     return [-math.inf, *inner, math.inf]
 
 
@@ -69,7 +70,7 @@ def converged_codebook(bits: int) -> Tensor:
     centroids = start
     for _ in range(60):
         residual = _half_residual(centroids)
-        jacobian = torch.autograd.functional.jacobian(_half_residual, centroids)
+        jacobian = torch.func.jacrev(_half_residual)(centroids)
         step = torch.linalg.solve(jacobian, residual)
         centroids = centroids - step
         if float(step.abs().max()) < 1e-13:
@@ -86,4 +87,5 @@ def _half_residual(centroids: Tensor) -> Tensor:
     phi_high = torch.cat([phi_low[1:], torch.zeros(1, dtype=centroids.dtype)])
     tail_low = torch.special.erfc(low / math.sqrt(2)) / 2
     tail_high = torch.cat([tail_low[1:], torch.zeros(1, dtype=centroids.dtype)])
-    return centroids - (phi_low - phi_high) / (tail_low - tail_high)
+    means: Tensor = (phi_low - phi_high) / (tail_low - tail_high)
+    return centroids - means

@@ -47,8 +47,8 @@ def test_codes_and_norms() -> None:
     assert codes.shape == (2, 256)
     assert codes[0, :32].tolist() == numbers(CODES_ROW_0)
     assert codes[0, 128:144].tolist() == numbers(CODES_ROW_0_BLOCK_1)
-    # The last value's rotated coordinate is exactly 0, a tie, which the reference left to rounding noise (16);
-    # the convention here is the lower code.
+    # The last value's rotated coordinate is exactly 0, a tie, which the reference left to rounding noise
+    # (16); the convention here is the lower code.
     assert numbers(CODES_ROW_1_END)[-1] == 16 and codes[1, -1] == 15 and is_tie(row=1, column=255)
     assert codes[1, -16:-1].tolist() == numbers(CODES_ROW_1_END)[:-1]
     assert norms.view(torch.int16).tolist() == [[13322, 12326], [13639, 12616]]
