@@ -1,0 +1,106 @@
+"""Where the processes listen: addresses, the private runtime directory, and the right to an address.
+
+An address is `unix:PATH` or `HOST:PORT`. Defaults are sockets in a directory only its owner can enter. gRPC
+silently takes a unix socket over from a living server, so whoever listens holds a lock file beside it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from common.errors import ConfigError
+
+_UNIX_PATH_LIMIT = 100  # sockaddr_un holds 107 bytes; the data plane adds a suffix
+
+
+def runtime_directory() -> Path:
+    """The directory of sockets, made owner-only; $EXPERT_SERVING_RUNTIME_DIR overrides it."""
+    chosen = os.environ.get("EXPERT_SERVING_RUNTIME_DIR")
+    path = Path(chosen or platformdirs.user_runtime_path("expert-serving"))
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise ConfigError(f"runtime directory {path} must belong to you alone (mode 0700)")
+    return path
+
+
+@dataclass(frozen=True)
+class Address:
+    """A parsed address; `str()` gives back what a user would type."""
+
+    target: str
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        if text.startswith("unix:"):
+            path = Path(text.removeprefix("unix:")).absolute()
+            if len(os.fsencode(path)) > _UNIX_PATH_LIMIT:
+                raise ConfigError(f"socket path is longer than {_UNIX_PATH_LIMIT} bytes: {path}")
+            return cls(f"unix:{path}")
+        host, colon, port = text.rpartition(":")
+        if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ConfigError(f"{text!r} is not an address; write unix:PATH or HOST:PORT")
+        return cls(text)
+
+    @classmethod
+    def default(cls, name: str) -> Address:
+        """`unix:<runtime directory>/<name>.sock`."""
+        return cls.parse(f"unix:{runtime_directory() / name}.sock")
+
+    @property
+    def socket_path(self) -> Path | None:
+        """The unix socket, if it is one."""
+        return Path(self.target.removeprefix("unix:")) if self.target.startswith("unix:") else None
+
+    def beside(self, suffix: str) -> Path:
+        """A path that belongs to this address: beside its socket, or in the runtime directory."""
+        path = self.socket_path
+        if path is not None:
+            return path.with_name(path.name + suffix)
+        return runtime_directory() / (self.target.replace(":", "-").replace("/", "-") + suffix)
+
+    def __str__(self) -> str:
+        return self.target
+
+
+class AddressClaim:
+    """The exclusive right to listen on an address, for as long as this process lives.
+
+    Claiming removes what a killed predecessor left; releasing removes what this process leaves.
+    """
+
+    def __init__(self, address: Address) -> None:
+        """Raises ConfigError when a living process holds the address."""
+        self.address = address
+        self._lock_path = address.beside(".lock")
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConfigError(
+                f"another process already listens on {address}; stop it first, or choose --listen"
+            ) from None
+        self._remove_sockets()
+
+    @property
+    def data_path(self) -> Path:
+        """Path of the data plane's ipc socket."""
+        return self.address.beside(".data")
+
+    def release(self) -> None:
+        """Remove sockets and lock. Unlinked while locked: a successor then locks a file of its own."""
+        self._remove_sockets()
+        self._lock_path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def _remove_sockets(self) -> None:
+        for path in (self.address.socket_path, self.data_path):
+            if path is not None:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,229 @@
+"""The arena: one shared host segment that the store owns and every worker maps read-only.
+
+Layout: header (one page), directory (one 64-bit word per expert), frames (one record each). This file owns
+the segment's life and its memory format; which record goes to which frame is the store's affair
+(`expert_store.frames`), and what a record contains is `common.record`.
+
+Concurrency. A directory word holds state, frame and generation together and is stored and loaded as one
+aligned 8-byte word, so a reader never sees half an entry. The store withdraws an entry *before* it writes
+to the frame; a reader loads the word, copies the frame, and loads the word again: if both are the same
+READY word, the copy is whole. This is a seqlock; it relies on loads and stores each keeping their order,
+which x86-64 guarantees and interpreted code does not reorder. A lease (a pin in the store) is what makes
+sure a staged frame is still there when the worker comes; the generation is what makes a copy safe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import struct
+import warnings
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import Exhausted, Incompatible
+from common.record import ExpertKey
+from common.units import format_bytes
+
+SEGMENT_DIRECTORY = Path("/dev/shm")
+_MAGIC = b"EXARENA\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<8sII32sQQQQQ")
+_HEADER_BYTES = 4096
+_FRAME_ALIGNMENT = 2 << 20  # frames start on a huge page where the kernel has them
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class State(IntEnum):
+    """What a directory entry says of its expert."""
+
+    ABSENT = 0
+    STAGING = 1
+    READY = 2
+
+
+class Entry(NamedTuple):
+    """One decoded directory word."""
+
+    state: State
+    frame: int
+    generation: int
+
+
+class ArenaShape(NamedTuple):
+    """What a header describes; computed sizes follow from it."""
+
+    layout_digest: str
+    layers: int
+    experts: int
+    frames: int
+    stride: int
+
+    @property
+    def frames_offset(self) -> int:
+        end = _HEADER_BYTES + 8 * self.layers * self.experts
+        return -(-end // _FRAME_ALIGNMENT) * _FRAME_ALIGNMENT
+
+    @property
+    def size(self) -> int:
+        return self.frames_offset + self.frames * self.stride
+
+    def pack(self) -> bytes:
+        digest = self.layout_digest.encode()
+        counts = (self.layers, self.experts, self.frames, self.stride)
+        return _HEADER.pack(_MAGIC, _VERSION, 0, digest, *counts, self.size)
+
+    @classmethod
+    def unpack(cls, header: bytes) -> ArenaShape:
+        magic, version, _, digest, layers, experts, frames, stride, size = _HEADER.unpack_from(header)
+        if magic != _MAGIC or version != _VERSION:
+            raise Incompatible(f"not an arena of version {_VERSION}: magic {magic!r}, version {version}")
+        shape = cls(digest.decode(), layers, experts, frames, stride)
+        if shape.size != size:
+            raise Incompatible(f"arena header contradicts itself: {size} bytes named, {shape.size} computed")
+        return shape
+
+
+def encode_entry(state: State, frame: int, generation: int) -> int:
+    """generation (32 bits) | frame (30) | state (2), in one word."""
+    return (generation & 0xFFFFFFFF) << 32 | frame << 2 | state
+
+
+def decode_entry(word: int) -> Entry:
+    return Entry(State(word & 3), word >> 2 & 0x3FFFFFFF, word >> 32)
+
+
+class Arena:
+    """A mapping of the segment, as both sides see it."""
+
+    def __init__(self, path: Path, shape: ArenaShape, mapping: mmap.mmap) -> None:
+        self.path, self.shape = path, shape
+        self._mapping = mapping
+        words = np.frombuffer(mapping, np.uint64, shape.layers * shape.experts, _HEADER_BYTES)
+        self.words = words.reshape(shape.layers, shape.experts)
+        with warnings.catch_warnings():
+            # The worker's mapping is read-only, which a tensor cannot express; nothing writes through it.
+            warnings.filterwarnings("ignore", message=".*not writable")
+            run = torch.frombuffer(
+                mapping, dtype=torch.uint8, count=shape.frames * shape.stride, offset=shape.frames_offset
+            )
+        self.frames = run.view(shape.frames, shape.stride)
+
+    def entry(self, key: ExpertKey) -> Entry:
+        return decode_entry(int(self.words[key]))
+
+
+class OwnedArena(Arena):
+    """The store's side: creates, fills and removes the segment.
+
+    The segment is unnamed until it is locked, so a successor never takes a starting store for a dead one.
+    """
+
+    def __init__(self, shape: ArenaShape) -> None:
+        """Raises Exhausted when shared memory cannot hold the arena."""
+        reclaim_dead_segments()
+        available = os.statvfs(SEGMENT_DIRECTORY)
+        if shape.size > available.f_bavail * available.f_frsize:
+            free = format_bytes(available.f_bavail * available.f_frsize)
+            raise Exhausted(
+                f"the arena needs {format_bytes(shape.size)} of shared memory, but {SEGMENT_DIRECTORY} has "
+                f"{free} free; give a smaller --ram, or enlarge {SEGMENT_DIRECTORY}"
+            )
+        self._file = os.open(SEGMENT_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        os.ftruncate(self._file, shape.size)
+        path = SEGMENT_DIRECTORY / f"{_segment_prefix()}{os.getpid()}-{os.urandom(4).hex()}.arena"
+        os.link(f"/proc/self/fd/{self._file}", path, follow_symlinks=True)
+        mapping = mmap.mmap(self._file, shape.size)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+        mapping[: _HEADER.size] = shape.pack()
+        super().__init__(path, shape, mapping)
+        self.page_locked = True
+        self._committed = [False] * shape.frames
+
+    def commit(self, frames: list[int]) -> None:
+        """Give frames real memory and lock it, once; Exhausted when there is none. Any thread may call it.
+
+        Without this a full /dev/shm would kill the process by SIGBUS at the first touch.
+        """
+        for frame in frames:
+            if self._committed[frame]:
+                continue
+            offset = self.shape.frames_offset + frame * self.shape.stride
+            try:
+                os.posix_fallocate(self._file, offset, self.shape.stride)
+            except OSError as error:
+                raise Exhausted(
+                    f"no memory for arena frames ({error.strerror}); give a smaller --ram"
+                ) from None
+            address = self.frames.data_ptr() + frame * self.shape.stride
+            if _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(self.shape.stride)):
+                self.page_locked = False  # RLIMIT_MEMLOCK: works, but the kernel may swap frames out
+            self._committed[frame] = True
+
+    def publish(self, key: ExpertKey, entry: Entry) -> None:
+        """Store one directory word; see the module's note on order."""
+        self.words[key] = encode_entry(*entry)
+
+    def close(self) -> None:
+        """Remove the segment's name; mappings of workers that still decode stay valid."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._file)
+
+
+class MappedArena(Arena):
+    """A worker's side: a read-only mapping, valid even after the store has died."""
+
+    def __init__(self, path: Path, layout_digest: str) -> None:
+        """Raises Incompatible when the segment is not an arena of this record layout."""
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            shape = ArenaShape.unpack(os.pread(file, _HEADER.size, 0))
+            if shape.layout_digest != layout_digest:
+                raise Incompatible(f"arena {path} holds records of another layout ({shape.layout_digest})")
+            mapping = mmap.mmap(file, shape.size, prot=mmap.PROT_READ)
+        finally:
+            os.close(file)
+        super().__init__(path, shape, mapping)
+
+    def is_ready(self, key: ExpertKey) -> bool:
+        return self.entry(key).state is State.READY
+
+    def read(self, key: ExpertKey, out: Tensor) -> bool:
+        """Copy the record into `out` (stride,); False unless READY and left alone meanwhile."""
+        word = int(self.words[key])
+        entry = decode_entry(word)
+        if entry.state is not State.READY:
+            return False
+        out.copy_(self.frames[entry.frame])
+        return int(self.words[key]) == word
+
+
+def reclaim_dead_segments() -> list[Path]:
+    """Remove segments of this user whose store is dead (nobody holds their lock)."""
+    removed = []
+    for path in SEGMENT_DIRECTORY.glob(f"{_segment_prefix()}*.arena"):
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            removed.append(path)
+        except BlockingIOError:
+            pass  # its store lives
+        finally:
+            os.close(file)
+    return removed
+
+
+def _segment_prefix() -> str:
+    return f"expert-serving-{os.getuid()}-"

@@ -1,0 +1,139 @@
+"""The data plane's wire: every message between a worker (DEALER) and the store (ROUTER), one place.
+
+A message is one ZeroMQ frame: a header of 24 bytes, then `count` expert keys of 4 bytes; a STAGED reply ends
+in a frame number and a generation instead, an ERROR reply in UTF-8 text. All integers are little-endian.
+Every request gets exactly one reply, which repeats its request id. Records never travel here.
+
+    STAGE    1 key     make this expert READY and pin it for my lease   -> STAGED | ERROR
+    RELEASE  n keys    unpin what I have copied                         -> DONE | ERROR
+    HINT     n keys    I shall probably need these; stage at leisure    -> DONE | ERROR
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+from common.record import ExpertKey
+
+PROTOCOL_VERSION = 1
+MAX_KEYS = 4096
+_MAGIC = b"XSv1"
+_HEADER = struct.Struct("<4sBBHQQ")
+_KEY = struct.Struct("<HH")
+_PLACE = struct.Struct("<II")
+assert (_HEADER.size, _KEY.size, _PLACE.size) == (24, 4, 8)
+
+
+class Kind(IntEnum):
+    STAGE = 1
+    RELEASE = 2
+    HINT = 3
+    STAGED = 65
+    DONE = 66
+    ERROR = 67
+
+
+class Fault(IntEnum):
+    """Why a request failed; the text of an ERROR says it in words."""
+
+    NONE = 0
+    MALFORMED = 1  # not a message of this protocol
+    NO_LEASE = 2  # the lease has expired: attach again
+    NO_SUCH_EXPERT = 3
+    UNREADABLE = 4  # the record could not be read from disk
+    BUSY = 5  # every frame is pinned by others
+
+
+class Malformed(ValueError):
+    """Bytes that are no message of this protocol."""
+
+
+class Request(NamedTuple):
+    kind: Kind
+    request_id: int
+    lease_id: int
+    keys: tuple[ExpertKey, ...]
+
+    def pack(self) -> bytes:
+        header = _HEADER.pack(_MAGIC, self.kind, 0, len(self.keys), self.request_id, self.lease_id)
+        return header + b"".join(_KEY.pack(*key) for key in self.keys)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Request:
+        """Raises Malformed for anything but a well-formed request."""
+        kind, fault, count, request_id, lease_id = _unpack_header(data)
+        if kind not in (Kind.STAGE, Kind.RELEASE, Kind.HINT) or fault:
+            raise Malformed(f"not a request: kind {kind}, fault {fault}")
+        if count > MAX_KEYS or len(data) != _HEADER.size + count * _KEY.size:
+            raise Malformed(f"{len(data)} bytes do not hold {count} keys")
+        if kind is Kind.STAGE and count != 1:
+            raise Malformed(f"STAGE names one expert, not {count}")
+        keys = tuple(ExpertKey(*pair) for pair in _KEY.iter_unpack(data[_HEADER.size :]))
+        return cls(kind, request_id, lease_id, keys)
+
+
+class Staged(NamedTuple):
+    """The expert is READY in `frame`, pinned for the asking lease."""
+
+    request_id: int
+    frame: int
+    generation: int
+
+
+class Done(NamedTuple):
+    request_id: int
+
+
+class Failed(NamedTuple):
+    request_id: int
+    fault: Fault
+    text: str
+
+
+Reply = Staged | Done | Failed
+
+
+def pack_reply(reply: Reply) -> bytes:
+    if isinstance(reply, Staged):
+        header = _HEADER.pack(_MAGIC, Kind.STAGED, 0, 0, reply.request_id, 0)
+        return header + _PLACE.pack(reply.frame, reply.generation)
+    if isinstance(reply, Done):
+        return _HEADER.pack(_MAGIC, Kind.DONE, 0, 0, reply.request_id, 0)
+    return _HEADER.pack(_MAGIC, Kind.ERROR, reply.fault, 0, reply.request_id, 0) + reply.text.encode()
+
+
+def unpack_reply(data: bytes) -> Reply:
+    """Raises Malformed for anything but a well-formed reply."""
+    kind, fault, _, request_id, _ = _unpack_header(data)
+    body = data[_HEADER.size :]
+    if kind is Kind.STAGED and len(body) == _PLACE.size:
+        return Staged(request_id, *_PLACE.unpack(body))
+    if kind is Kind.DONE and not body:
+        return Done(request_id)
+    if kind is Kind.ERROR and fault is not Fault.NONE:
+        return Failed(request_id, fault, body.decode(errors="replace"))
+    raise Malformed(f"not a reply: kind {kind}, {len(data)} bytes")
+
+
+def peek_request_id(data: bytes) -> int:
+    """The id to answer a malformed request under; 0 when even that cannot be told."""
+    return int(_HEADER.unpack_from(data)[4]) if len(data) >= _HEADER.size else 0
+
+
+def request(kind: Kind, request_id: int, lease_id: int, keys: Sequence[ExpertKey]) -> bytes:
+    return Request(kind, request_id, lease_id, tuple(keys)).pack()
+
+
+def _unpack_header(data: bytes) -> tuple[Kind, Fault, int, int, int]:
+    if len(data) < _HEADER.size:
+        raise Malformed(f"{len(data)} bytes are too few for a header")
+    magic, kind, fault, count, request_id, lease_id = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise Malformed(f"magic {magic!r} is not {_MAGIC!r}")
+    try:
+        return Kind(kind), Fault(fault), count, request_id, lease_id
+    except ValueError as error:
+        raise Malformed(str(error)) from None

@@ -1,0 +1,1 @@
+"""Generated gRPC stubs; `scripts/generate_stubs` makes them from proto/, nobody edits them."""

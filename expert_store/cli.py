@@ -1,0 +1,135 @@
+"""`expert-store`: the command line of the store. Parses and prints; the work is elsewhere."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.addresses import Address, AddressClaim
+from common.grpc_client import channel_to, wait_until_serving
+from common.process import configure_process, run_command, run_service
+from common.rpc import expert_store_pb2 as pb
+from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
+from common.units import format_bytes, parse_size
+from expert_store import files_cli
+from expert_store.config import DEFAULT_BITS, StoreConfig
+
+app = typer.Typer(
+    help="Keeps every routed expert of a mixture-of-experts model, packed, in page-locked shared memory, "
+    "and hands them to GPU workers on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+files_cli.register(app)
+
+_ADDRESS_HELP = "unix:PATH or HOST:PORT; default: a socket in your private runtime directory."
+StoreOption = Annotated[str | None, typer.Option("--store", help=_ADDRESS_HELP, metavar="ADDRESS")]
+
+
+@app.command()
+def start(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A packed directory, a Hugging Face directory (packed on first start), a Hugging Face id, "
+            "or 'demo'."
+        ),
+    ],
+    listen: Annotated[str | None, typer.Option(help=_ADDRESS_HELP, metavar="ADDRESS")] = None,
+    bits: Annotated[
+        int, typer.Option(help="Bits per weight when MODEL must be packed first: 2, 3, 4, 5, 6, 8 or 16.")
+    ] = DEFAULT_BITS,
+    ram: Annotated[
+        str | None,
+        typer.Option(help="Memory for experts, like 8GB; default: all of them if they fit.", metavar="SIZE"),
+    ] = None,
+) -> None:
+    """Load MODEL's experts and serve them until stopped (Ctrl-C, SIGTERM, or `expert-store stop`).
+
+    Workers can attach as soon as it says "ready", before the last expert is loaded.
+
+    Example: expert-store start demo
+    """
+    configure_process()
+    # Imported here: help and stats should not wait for PyTorch.
+    from expert_store.models import resolve_model
+    from expert_store.server import Store
+
+    address = Address.parse(listen) if listen else Address.default("store")
+    config = StoreConfig(model, address, bits, parse_size(ram) if ram else None)
+    console = Console(stderr=True)
+    claim = AddressClaim(address)
+    try:
+        checkpoint = resolve_model(model, bits, console)
+        store = Store(config, checkpoint, claim)
+        status = run_service(store.run(console), store.stop)
+    finally:
+        claim.release()
+    raise typer.Exit(status)
+
+
+@app.command()
+def wait(
+    store: StoreOption = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.")] = 60.0,
+) -> None:
+    """Return as soon as the store is ready to serve; fail after --timeout."""
+    wait_until_serving(_address(store), timeout)
+
+
+@app.command()
+def stats(
+    store: StoreOption = None,
+    json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Show frames, staging and attached workers."""
+    with channel_to(_address(store)) as channel:
+        reply = ExpertStoreStub(channel).Stats(pb.StoreStatsRequest(), timeout=10)
+    if json:
+        from google.protobuf.json_format import MessageToJson
+
+        print(MessageToJson(reply, preserving_proto_field_name=True, indent=None,
+                            always_print_fields_with_no_presence=True))  # fmt: skip
+        return
+    Console().print(_stats_table(reply))
+
+
+@app.command()
+def stop(store: StoreOption = None) -> None:
+    """Stop the store in good order. Attached workers go on with what they have mapped."""
+    with channel_to(_address(store)) as channel:
+        ExpertStoreStub(channel).Stop(pb.StopStoreRequest(), timeout=10)
+
+
+def _address(text: str | None) -> Address:
+    return Address.parse(text) if text else Address.default("store")
+
+
+def _stats_table(reply: pb.StoreStats) -> Table:
+    speed = reply.staged_bytes / reply.staging_seconds if reply.staging_seconds else 0
+    table = Table(title=f"expert store: {reply.model}", show_header=False, title_justify="left")
+    for name, value in (
+        ("experts", f"{reply.layers} layers x {reply.experts_per_layer}"),
+        ("record", format_bytes(reply.record_bytes)),
+        ("frames", f"{reply.ready_frames} ready, {reply.pinned_frames} pinned, of {reply.frames}"),
+        ("arena", format_bytes(reply.arena_bytes) + (" page-locked" if reply.page_locked else "")),
+        ("staged", f"{reply.staged_records} ({format_bytes(reply.staged_bytes)}, {format_bytes(speed)}/s a reader)"),
+        ("demands", f"{reply.demands}, {reply.demands_ready} of them ready"),
+        ("hints", str(reply.hints)),
+        ("evictions", str(reply.evictions)),
+        ("up", f"{reply.uptime_seconds:.0f} s"),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    for lease in reply.leases:
+        table.add_row("worker", f"{lease.worker} (pid {lease.pid}), {lease.pinned_frames} frames pinned")
+    return table
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    raise SystemExit(run_command(lambda: app(standalone_mode=True)))

@@ -1,0 +1,126 @@
+"""Which frame holds which expert: the arena's book-keeping, and the choice of what leaves when RAM is short.
+
+    FREE --reserve--> STAGING --publish--> READY --(evicted by reserve)--> FREE
+                         '----abandon----> FREE
+
+A READY frame may be pinned by leases; a pinned frame is never evicted. This file neither reads disks nor
+talks to workers: `staging` moves the bytes, `miss_loop` and `control` speak.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+
+from common.arena import Entry, OwnedArena, State
+from common.record import ExpertKey
+
+
+class FrameTable:
+    """Owns the arena's directory. Invariant: every frame is free, staging or ready, and in one place only."""
+
+    def __init__(self, arena: OwnedArena) -> None:
+        self.arena = arena
+        self.evictions = 0
+        self._free = list(range(arena.shape.frames - 1, -1, -1))  # popped from the end: frame 0 first
+        self._staging: dict[ExpertKey, int] = {}
+        self._ready: OrderedDict[ExpertKey, int] = OrderedDict()  # least recently used first
+        self._pins: dict[ExpertKey, Counter[int]] = {}
+        self._generation = 0
+
+    @property
+    def frames(self) -> int:
+        return self.arena.shape.frames
+
+    @property
+    def ready_count(self) -> int:
+        return len(self._ready)
+
+    @property
+    def pinned_count(self) -> int:
+        return len(self._pins)
+
+    def pinned_by(self, lease: int) -> int:
+        return sum(lease in pins for pins in self._pins.values())
+
+    def entry(self, key: ExpertKey) -> Entry:
+        return self.arena.entry(key)
+
+    def is_absent(self, key: ExpertKey) -> bool:
+        return key not in self._ready and key not in self._staging
+
+    def reserve(self, key: ExpertKey, evict: bool = True) -> int | None:
+        """A frame to stage `key` into, or None when all are staging or pinned (or full, without `evict`)."""
+        assert self.is_absent(key), f"{key} has a frame already"
+        if not self._free and (not evict or not self._evict_one()):
+            return None
+        frame = self._free.pop()
+        self._staging[key] = frame
+        self._publish(key, State.STAGING, frame)
+        return frame
+
+    def publish(self, key: ExpertKey) -> None:
+        """The record lies in its frame, whole."""
+        frame = self._staging.pop(key)
+        self._ready[key] = frame
+        self._publish(key, State.READY, frame)
+
+    def abandon(self, key: ExpertKey) -> None:
+        """Staging failed; the frame is free again."""
+        self._free.append(self._staging.pop(key))
+        self._publish(key, State.ABSENT, 0)
+
+    def touch(self, key: ExpertKey) -> None:
+        """Note a use; unknown or staging experts are ignored."""
+        if key in self._ready:
+            self._ready.move_to_end(key)
+
+    def pin(self, key: ExpertKey, lease: int) -> None:
+        assert key in self._ready, f"{key} is not ready"
+        self._pins.setdefault(key, Counter())[lease] += 1
+        self._ready.move_to_end(key)
+
+    def unpin(self, key: ExpertKey, lease: int) -> bool:
+        """False if this lease does not pin it (its lease was renewed, or it never did)."""
+        pins = self._pins.get(key)
+        if not pins or lease not in pins:
+            return False
+        pins[lease] -= 1
+        self._drop_empty(key, lease)
+        return True
+
+    def unpin_all(self, lease: int) -> None:
+        """The lease ended: its worker is gone."""
+        for key in [key for key, pins in self._pins.items() if lease in pins]:
+            self._pins[key][lease] = 0
+            self._drop_empty(key, lease)
+
+    def check_integrity(self) -> None:
+        """Conservation: free + staging + ready = all frames, each once; only ready frames are pinned."""
+        held = [*self._free, *self._staging.values(), *self._ready.values()]
+        assert sorted(held) == list(range(self.frames)), "a frame is lost or held twice"
+        assert self._pins.keys() <= self._ready.keys(), "a pinned frame is not ready"
+        assert all(min(pins.values()) > 0 for pins in self._pins.values()), "an empty pin"
+        for state, table in ((State.STAGING, self._staging), (State.READY, self._ready)):
+            for key, frame in table.items():
+                entry = self.arena.entry(key)
+                assert (entry.state, entry.frame) == (state, frame), f"directory disagrees about {key}"
+
+    def _evict_one(self) -> bool:
+        key = next((key for key in self._ready if key not in self._pins), None)
+        if key is None:
+            return False
+        self._free.append(self._ready.pop(key))
+        self._publish(key, State.ABSENT, 0)  # withdrawn before anyone writes to the frame
+        self.evictions += 1
+        return True
+
+    def _publish(self, key: ExpertKey, state: State, frame: int) -> None:
+        self._generation += 1
+        self.arena.publish(key, Entry(state, frame, self._generation))
+
+    def _drop_empty(self, key: ExpertKey, lease: int) -> None:
+        pins = self._pins[key]
+        if pins[lease] == 0:
+            del pins[lease]
+        if not pins:
+            del self._pins[key]

@@ -1,0 +1,149 @@
+"""The data plane: answers workers' STAGE, RELEASE and HINT messages on the event loop.
+
+The socket is drained by a reader callback, not by awaiting each message: a STAGE for a READY frame is then
+answered within one wake-up. Each request gets exactly one reply; whatever goes wrong becomes one here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from common.arena import State
+from common.messages import (
+    Done,
+    Failed,
+    Fault,
+    Kind,
+    Malformed,
+    Reply,
+    Request,
+    Staged,
+    pack_reply,
+    peek_request_id,
+)
+from common.record import ExpertKey
+from expert_store.frames import FrameTable
+from expert_store.leases import LeaseTable
+from expert_store.staging import Stager
+
+log = logging.getLogger(__name__)
+
+STAGE_TIMEOUT = 20.0  # seconds until a demand that finds no frame (all pinned) is told so
+
+
+@dataclass
+class Counters:
+    demands: int = 0
+    demands_ready: int = 0
+    hints: int = 0
+
+
+class MissLoop:
+    """Owns the ROUTER socket."""
+
+    def __init__(self, path: Path, frames: FrameTable, leases: LeaseTable, stager: Stager) -> None:
+        self.counters = Counters()
+        self.endpoint = f"ipc://{path}"
+        self._frames, self._leases, self._stager = frames, leases, stager
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.bind(self.endpoint)
+
+    def start(self) -> None:
+        asyncio.get_running_loop().add_reader(self._socket.getsockopt(zmq.FD), self._drain)
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._socket.getsockopt(zmq.FD))
+        self._context.destroy(linger=0)
+
+    def _drain(self) -> None:
+        # ZeroMQ's descriptor is edge-triggered: it signals again only after everything has been received.
+        while True:
+            try:
+                peer, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._receive(peer, b"".join(parts))
+
+    def _receive(self, peer: bytes, data: bytes) -> None:
+        try:
+            request = Request.unpack(data)
+        except Malformed as error:
+            self._reply(peer, Failed(peek_request_id(data), Fault.MALFORMED, str(error)))
+            return
+        fault = self._refusal(request)
+        if fault is not None:
+            self._reply(peer, fault)
+        elif request.kind is Kind.STAGE:
+            self._stage(peer, request)
+        else:
+            (self._release if request.kind is Kind.RELEASE else self._hint)(request)
+            self._reply(peer, Done(request.request_id))
+
+    def _refusal(self, request: Request) -> Failed | None:
+        if request.lease_id not in self._leases:
+            text = f"lease {request.lease_id:x} has expired; attach again"
+            return Failed(request.request_id, Fault.NO_LEASE, text)
+        shape = self._frames.arena.shape
+        for key in request.keys:
+            if key.layer >= shape.layers or key.expert >= shape.experts:
+                return Failed(request.request_id, Fault.NO_SUCH_EXPERT, f"there is no {key}")
+        return None
+
+    def _stage(self, peer: bytes, request: Request) -> None:
+        self.counters.demands += 1
+        key = request.keys[0]
+        if self._frames.entry(key).state is State.READY:
+            self.counters.demands_ready += 1
+            self._reply(peer, self._pin(request))
+            return
+        timer: asyncio.TimerHandle | None = None
+
+        def on_staged(error: Exception | None) -> None:
+            assert timer is not None
+            timer.cancel()
+            if error is not None:
+                self._reply(peer, Failed(request.request_id, Fault.UNREADABLE, f"{key}: {error}"))
+            else:
+                self._reply(peer, self._pin(request))
+
+        def on_timeout() -> None:
+            self._stager.withdraw(key, on_staged)
+            text = f"{key}: no frame came free within {STAGE_TIMEOUT:.0f} s; the store needs a larger --ram"
+            self._reply(peer, Failed(request.request_id, Fault.BUSY, text))
+
+        timer = asyncio.get_running_loop().call_later(STAGE_TIMEOUT, on_timeout)
+        self._stager.demand(key, on_staged)
+
+    def _pin(self, request: Request) -> Reply:
+        """Pin a READY frame for the asking lease; the lease may have ended while the disk was read."""
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return refusal
+        key = request.keys[0]
+        self._frames.pin(key, request.lease_id)
+        entry = self._frames.entry(key)
+        return Staged(request.request_id, entry.frame, entry.generation)
+
+    def _release(self, request: Request) -> None:
+        for key in request.keys:
+            self._frames.unpin(key, request.lease_id)
+        self._stager.advance()
+
+    def _hint(self, request: Request) -> None:
+        self.counters.hints += len(request.keys)
+        for key in request.keys:
+            self._stager.hint(ExpertKey(*key))
+
+    def _reply(self, peer: bytes, reply: Reply) -> None:
+        try:
+            self._socket.send_multipart([peer, pack_reply(reply)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            # The peer is gone (ROUTER drops that silently) or reads nothing: it will time out and ask again.
+            log.warning("reply %d could not be sent: %s", reply.request_id, error)

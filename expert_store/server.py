@@ -1,0 +1,123 @@
+"""The store process: its life from claiming the address to removing the segment, in one place.
+
+claim address -> open checkpoint -> create arena -> bind data plane -> serve -> preload -> stop:
+refuse new calls -> close sockets -> finish reads -> remove segment -> release address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from common.addresses import AddressClaim
+from common.arena import ArenaShape, OwnedArena
+from common.checkpoint.packed import PackedCheckpoint
+from common.grpc_server import RpcServer
+from common.process import EXIT_INVARIANT
+from common.rpc import expert_store_pb2 as pb
+from common.rpc.expert_store_pb2_grpc import add_ExpertStoreServicer_to_server
+from common.units import format_bytes
+from expert_store.config import StoreConfig, choose_frames
+from expert_store.control import ControlService
+from expert_store.frames import FrameTable
+from expert_store.leases import LeaseTable
+from expert_store.miss_loop import MissLoop
+from expert_store.staging import Stager
+
+log = logging.getLogger(__name__)
+_STOP_GRACE = 1.0
+
+
+class Store:
+    """Owns everything of one running store."""
+
+    def __init__(self, config: StoreConfig, checkpoint: PackedCheckpoint, claim: AddressClaim) -> None:
+        model, stride = checkpoint.config, checkpoint.layout.stride
+        self.config, self.checkpoint = config, checkpoint
+        self.started = time.monotonic()
+        self.exit_status = 0
+        self._stopping = asyncio.Event()
+        experts = model.num_layers * model.n_routed_experts
+        budget = choose_frames(config.ram, stride, experts)
+        log.info("arena: %d frames of %s; %s", budget.frames, format_bytes(stride), budget.reason)
+        self.all_fit = budget.frames == experts
+        layout = checkpoint.layout
+        self.arena = OwnedArena(
+            ArenaShape(layout.digest, model.num_layers, model.n_routed_experts, budget.frames, stride)
+        )
+        self.frames = FrameTable(self.arena)
+        self.stager = Stager(checkpoint, self.frames)
+        self.leases = LeaseTable(config.lease_ttl, ended=self._lease_ended)
+        self.misses = MissLoop(claim.data_path, self.frames, self.leases, self.stager)
+        self.rpc = RpcServer(config.listen, on_fatal=self._fatal)
+
+    def stop(self) -> None:
+        """Ask the process to end in good order."""
+        self._stopping.set()
+
+    async def run(self, console: Console) -> int:
+        """Serve until stopped; returns the exit status."""
+        add_ExpertStoreServicer_to_server(ControlService(self), self.rpc.server)
+        tasks = []
+        try:
+            await self.rpc.start(pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name)
+            self.misses.start()
+            await self.rpc.set_serving(True)
+            log.info("ready on %s", self.config.listen)
+            tasks = [asyncio.create_task(self._preload(console)), asyncio.create_task(self._expire_leases())]
+            await self._stopping.wait()
+            log.info("stopping")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await self.rpc.stop(_STOP_GRACE)
+            self._close()
+        return self.exit_status
+
+    def _close(self) -> None:
+        self.misses.close()
+        self.stager.close()
+        self.arena.close()
+
+    def _fatal(self, error: BaseException) -> None:
+        self.exit_status = EXIT_INVARIANT
+        self.stop()
+
+    def _lease_ended(self, lease_id: int) -> None:
+        self.frames.unpin_all(lease_id)
+        self.stager.advance()
+
+    async def _expire_leases(self) -> None:
+        while True:
+            await asyncio.sleep(self.leases.ttl / 4)
+            for lease in self.leases.expire():
+                log.warning("worker %s (pid %d) is gone; its lease has ended", lease.worker, lease.pid)
+
+    async def _preload(self, console: Console) -> None:
+        """Fill the arena, with a progress bar where there is a terminal."""
+        done = self.stager.preload()
+        total = self.arena.shape.frames * self.arena.shape.stride
+        columns = (TextColumn("loading experts"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(
+            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        ) as bar:
+            task = bar.add_task("", total=total)
+            while not done.done():
+                await asyncio.wait([done], timeout=0.1)
+                bar.update(task, completed=min(total, self.stager.staged_bytes))
+        seconds = time.monotonic() - self.started
+        staged = format_bytes(self.stager.staged_bytes)
+        log.info("%d experts ready, %s in %.1f s", self.frames.ready_count, staged, seconds)
+        if not self.arena.page_locked:
+            log.warning("the arena is not page-locked (RLIMIT_MEMLOCK); raise it with `ulimit -l unlimited`")
