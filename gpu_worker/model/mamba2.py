@@ -1,0 +1,88 @@
+"""A Mamba-2 block's mixer: project in, convolve, scan, normalise under the gate, project out.
+
+Prefill and decode are one function over (b, t) tokens with states going in and coming out: prefill is one
+sequence of t tokens, decode b sequences of one. The scan itself is in `ssd.py`, the states in `states.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.model_config import ModelConfig
+from gpu_worker.model.norms import gated_group_norm
+from gpu_worker.model.ssd import ssd_chunk_scan, ssd_step
+from gpu_worker.model.states import PrefillStep, Step
+from gpu_worker.model.weights import Mamba2Weights
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Depthwise convolution over time, then silu: x (b, t, channels), weight (channels, kernel).
+
+    `state` (b, channels, kernel - 1) holds the inputs before x. Returns y like x, and the state after x.
+    Computes in float32 and rounds once. Shifted products, unlike a library convolution, keep channels
+    contiguous and cost next to nothing for a single token.
+    """
+    t = x.shape[1]
+    window = torch.cat([state.transpose(1, 2), x], dim=1)
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    if bias is not None:
+        y += bias
+    for i, tap in enumerate(weight.float().unbind(1)):
+        y.addcmul_(window[:, i : i + t].float(), tap)
+    return F.silu(y).to(x.dtype), window[:, t:].transpose(1, 2)
+
+
+def time_step(dt: Tensor, dt_bias: Tensor, time_step_min: float) -> Tensor:
+    """softplus(dt + dt_bias) (..., heads) in float32, at least `time_step_min`.
+
+    transformers clamps in its chunk form alone, so there a token's state depends on how it was computed.
+    Here both forms share this rule, and decode continues exactly what prefill would have computed.
+    """
+    return F.softplus(dt.float() + dt_bias).clamp(min=time_step_min)
+
+
+class Mamba2:
+    """The mixer of the `index`-th Mamba-2 block."""
+
+    def __init__(self, weights: Mamba2Weights, config: ModelConfig, index: int) -> None:
+        self.weights, self.config, self.index = weights, config, index
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """x (rows, hidden) to (rows, hidden); the step's states advance."""
+        conv, ssm = step.pools.conv[self.index], step.pools.ssm[self.index]
+        if isinstance(step, PrefillStep):
+            conv, ssm = conv[step.sequence, None], ssm[step.sequence, None]
+            y, new_conv, new_ssm = self.mix(x[None], conv, ssm)
+            conv.copy_(new_conv)
+            ssm.copy_(new_ssm)
+            return y[0]
+        places = step.sequences
+        y, new_conv, new_ssm = self.mix(x[:, None], conv.index_select(0, places), ssm.index_select(0, places))
+        conv.index_copy_(0, places, new_conv)
+        ssm.index_copy_(0, places, new_ssm)
+        return y[:, 0]
+
+    def mix(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, t, hidden) after the given states: y (b, t, hidden), and both states after x."""
+        config, w = self.config, self.weights
+        inner, heads, groups, state = (
+            config.mamba_intermediate_size, config.mamba_num_heads, config.n_groups, config.ssm_state_size
+        )  # fmt: skip
+        gate, xBC, dt = torch.split(F.linear(x, w.in_proj), [inner, config.conv_dim, heads], dim=-1)
+        xBC, conv_state = causal_conv(xBC, w.conv1d_weight, w.conv1d_bias, conv_state)
+        x, B, C = torch.split(xBC, [inner, groups * state, groups * state], dim=-1)
+        x = torch.unflatten(x, -1, (heads, config.mamba_head_dim))
+        B, C = (torch.unflatten(part, -1, (groups, state)) for part in (B, C))
+        dt = time_step(dt, w.dt_bias, config.time_step_min)
+        y, ssm_state = self._scan(x, dt, B, C, ssm_state)
+        y = gated_group_norm(y.flatten(2), gate, w.norm, config.n_groups, config.layer_norm_epsilon)
+        return F.linear(y, w.out_proj), conv_state, ssm_state
+
+    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        A, D = self.weights.A, self.weights.D
+        if x.shape[1] > 1:
+            return ssd_chunk_scan(x, dt, A, B, C, D, self.config.chunk_size, state)
+        y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
+        return y[:, None], state

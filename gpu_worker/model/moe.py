@@ -1,0 +1,84 @@
+"""A MoE block's mixer: route, have the routed experts computed, add the shared expert.
+
+Where routed experts live and how they are fetched is behind `RoutedExperts`. The router decides in float32
+and hands its choices over best first: that rank order is the one in which results are summed, everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.model_config import ModelConfig
+from gpu_worker.model.mlp import relu2_mlp
+from gpu_worker.model.states import Step
+from gpu_worker.model.weights import MoEWeights, RouterWeights
+
+
+class RoutedExperts(Protocol):
+    """All routed experts of the model, wherever they are."""
+
+    wants_hints: bool
+
+    def compute(self, layer: int, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+        """Sum over ranks, in rank order, of weights[:, rank] * expert choices[:, rank] of x; in x.dtype.
+
+        x (rows, hidden), choices (rows, k) int64 in [0, experts), weights (rows, k) float32.
+        """
+
+    def hint(self, layer: int, choices: Tensor) -> None:
+        """`choices` (rows, k) of `layer` will probably be needed soon; nothing is promised."""
+
+
+def route(
+    x: Tensor, weight: Tensor, e_score_correction_bias: Tensor, config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """x (rows, hidden) to choices (rows, k) int64, best first, and their weights (rows, k) float32.
+
+    The bias takes part in the choice only. With n_group > 1, choices come from the topk_group groups whose
+    two best experts score highest in sum (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+    """
+    scores = F.linear(x.float(), weight).sigmoid()
+    for_choice = scores + e_score_correction_bias
+    if config.n_group > config.topk_group:
+        grouped = torch.unflatten(for_choice, 1, (config.n_group, -1))
+        best = grouped.topk(2).values.sum(-1).topk(config.topk_group).indices
+        open_groups = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        for_choice = grouped.masked_fill(~open_groups[..., None], -torch.inf).flatten(1)
+    choices = for_choice.topk(config.num_experts_per_tok, sorted=True).indices
+    weights = scores.gather(1, choices)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return choices, weights * config.routed_scaling_factor
+
+
+class MoE:
+    """The mixer of MoE block `layer`; `next_gate` is the router of layer + 1, if there is one."""
+
+    def __init__(
+        self,
+        weights: MoEWeights,
+        next_gate: RouterWeights | None,
+        config: ModelConfig,
+        layer: int,
+        experts: RoutedExperts,
+    ) -> None:
+        self.weights, self.next_gate = weights, next_gate
+        self.config, self.layer, self.experts = config, layer, experts
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """x (rows, hidden) to (rows, hidden). Rows are independent, so all steps are the same to it."""
+        choices, weights = self._route(x, self.weights.gate)
+        if self.next_gate is not None and self.experts.wants_hints:
+            # The residual stream changes little from block to block, so the next router mostly chooses from
+            # this layer's input what it will choose from its own. Before compute: staging overlaps with it.
+            self.experts.hint(self.layer + 1, self._route(x, self.next_gate)[0])
+        routed = self.experts.compute(self.layer, x, choices, weights)
+        shared = self.weights.shared_experts
+        return routed + relu2_mlp(x, shared.up_proj, shared.down_proj)
+
+    def _route(self, x: Tensor, gate: RouterWeights) -> tuple[Tensor, Tensor]:
+        return route(x, gate.weight, gate.e_score_correction_bias, self.config)

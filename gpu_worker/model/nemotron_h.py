@@ -1,0 +1,93 @@
+"""NemotronH: embeddings, a stack of blocks of four kinds, a final norm and lm_head.
+
+Equal to transformers' NemotronHForCausalLM on the same weights. A block is hidden + mixer(norm(hidden)); the
+residual stream is in the compute dtype. Callers cut prompts into chunks, own the pools and choose tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.model_config import ModelConfig
+from gpu_worker.model.attention import Attention
+from gpu_worker.model.mamba2 import Mamba2
+from gpu_worker.model.mlp import MLP
+from gpu_worker.model.moe import MoE, RoutedExperts
+from gpu_worker.model.norms import rms_norm
+from gpu_worker.model.states import DecodeStep, PrefillStep, StatePools, Step
+from gpu_worker.model.weights import AttentionWeights, Mamba2Weights, MLPWeights, ModelWeights, MoEWeights
+
+Mixer = Callable[[Tensor, Step], Tensor]
+
+
+class NemotronH:
+    """The model over dense weights of its own and routed experts of someone else's."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, experts: RoutedExperts) -> None:
+        self.config, self.weights = config, weights
+        self.blocks = list(zip(weights.blocks, _mixers(config, weights, experts), strict=True))
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, sequence: int, pools: StatePools) -> Tensor:
+        """The next t >= 1 tokens of one sequence: tokens (t,) int64 to hidden (t, hidden_size).
+
+        Takes memory in proportion to t * (chunk_size + tokens so far), so long prompts come in chunks.
+        """
+        start, t = int(pools.lengths[sequence]), tokens.shape[0]
+        assert 0 < t <= pools.max_context - start, (
+            f"{t} tokens after {start} in a context of {pools.max_context}"
+        )
+        # Advanced before the blocks run: what a step that fails half-way has written then lies below the
+        # length, where reset clears it.
+        pools.lengths[sequence] += t
+        return self._run(tokens, PrefillStep(pools, sequence, start))
+
+    @torch.inference_mode()
+    def decode(
+        self, tokens: Tensor, sequences: Tensor, pools: StatePools, context: int | None = None
+    ) -> Tensor:
+        """The next token of b different sequences: tokens, sequences (b,) int64 to hidden (b, hidden_size).
+
+        No sequence may exceed `context` tokens, this one included (default: all that the pools hold). So many
+        places are what attention looks at, and a caller that knows its lengths saves work by rounding them up
+        to a few sizes. Shapes depend on b and `context` alone, and nothing waits for the device.
+        """
+        context = context or pools.max_context
+        positions = pools.lengths.index_select(0, sequences)
+        pools.lengths.index_copy_(0, sequences, positions + 1)
+        return self._run(tokens, DecodeStep(pools, sequences, positions, context))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (rows, hidden_size) to logits (rows, vocab_size) float32."""
+        return F.linear(hidden, self.weights.lm_head).float()
+
+    def _run(self, tokens: Tensor, step: Step) -> Tensor:
+        epsilon = self.config.layer_norm_epsilon
+        hidden = F.embedding(tokens, self.weights.embeddings)
+        for block, mixer in self.blocks:
+            hidden = hidden + mixer(rms_norm(hidden, block.norm, epsilon), step)
+        return rms_norm(hidden, self.weights.norm_f, epsilon)
+
+
+def _mixers(config: ModelConfig, weights: ModelWeights, experts: RoutedExperts) -> list[Mixer]:
+    """The mixers in order; each kind counts its own, because pools and layers are indexed that way."""
+    gates = [block.mixer.gate for block in weights.blocks if isinstance(block.mixer, MoEWeights)]
+    mixers: list[Mixer] = []
+    for number, block in enumerate(weights.blocks):
+        index = config.pattern[:number].count(config.pattern[number])
+        match block.mixer:
+            case Mamba2Weights():
+                mixers.append(Mamba2(block.mixer, config, index))
+            case AttentionWeights():
+                mixers.append(Attention(block.mixer, config.head_dim, index))
+            case MLPWeights():
+                mixers.append(MLP(block.mixer))
+            case MoEWeights():
+                next_gate = gates[index + 1] if index + 1 < len(gates) else None
+                mixers.append(MoE(block.mixer, next_gate, config, index, experts))
+    return mixers
