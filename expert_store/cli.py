@@ -10,6 +10,7 @@ from rich.table import Table
 
 from common.addresses import Address, AddressClaim
 from common.grpc_client import channel_to, wait_until_serving
+from common.message_json import print_json
 from common.process import configure_process, run_command, run_service
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
@@ -91,10 +92,7 @@ def stats(
     with channel_to(_address(store)) as channel:
         reply = ExpertStoreStub(channel).Stats(pb.StoreStatsRequest(), timeout=10)
     if json:
-        from google.protobuf.json_format import MessageToJson
-
-        print(MessageToJson(reply, preserving_proto_field_name=True, indent=None,
-                            always_print_fields_with_no_presence=True))  # fmt: skip
+        print_json(reply)
         return
     Console().print(_stats_table(reply))
 
@@ -111,14 +109,14 @@ def _address(text: str | None) -> Address:
 
 
 def _stats_table(reply: pb.StoreStats) -> Table:
-    speed = reply.staged_bytes / reply.staging_seconds if reply.staging_seconds else 0
+    speed = format_bytes(reply.staged_bytes / reply.staging_seconds if reply.staging_seconds else 0)
     table = Table(title=f"expert store: {reply.model}", show_header=False, title_justify="left")
     for name, value in (
         ("experts", f"{reply.layers} layers x {reply.experts_per_layer}"),
         ("record", format_bytes(reply.record_bytes)),
         ("frames", f"{reply.ready_frames} ready, {reply.pinned_frames} pinned, of {reply.frames}"),
         ("arena", format_bytes(reply.arena_bytes) + (" page-locked" if reply.page_locked else "")),
-        ("staged", f"{reply.staged_records} ({format_bytes(reply.staged_bytes)}, {format_bytes(speed)}/s a reader)"),
+        ("staged", f"{reply.staged_records}, {format_bytes(reply.staged_bytes)}, {speed}/s a reader"),
         ("demands", f"{reply.demands}, {reply.demands_ready} of them ready"),
         ("hints", str(reply.hints)),
         ("evictions", str(reply.evictions)),

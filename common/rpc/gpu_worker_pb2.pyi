@@ -158,29 +158,25 @@ class ScoreRequest(_message.Message):
     stride: int
     def __init__(self, protocol_version: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., window: _Optional[int] = ..., stride: _Optional[int] = ...) -> None: ...
 
-class ScoreProgress(_message.Message):
-    __slots__ = ("scored", "total")
-    SCORED_FIELD_NUMBER: _ClassVar[int]
-    TOTAL_FIELD_NUMBER: _ClassVar[int]
-    scored: int
-    total: int
-    def __init__(self, scored: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
+class ScoreStart(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ScorePiece(_message.Message):
-    __slots__ = ("tokens", "logprobs")
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("logprobs",)
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
-    tokens: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ScoreEvent(_message.Message):
-    __slots__ = ("progress", "piece")
-    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("start", "piece")
+    START_FIELD_NUMBER: _ClassVar[int]
     PIECE_FIELD_NUMBER: _ClassVar[int]
-    progress: ScoreProgress
+    start: ScoreStart
     piece: ScorePiece
-    def __init__(self, progress: _Optional[_Union[ScoreProgress, _Mapping]] = ..., piece: _Optional[_Union[ScorePiece, _Mapping]] = ...) -> None: ...
+    def __init__(self, start: _Optional[_Union[ScoreStart, _Mapping]] = ..., piece: _Optional[_Union[ScorePiece, _Mapping]] = ...) -> None: ...
 
 class ModelInfoRequest(_message.Message):
     __slots__ = ()

@@ -72,7 +72,7 @@ class GpuWorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Teacher-forced log-probabilities of a text, in sliding windows; progress, then the result in pieces.
+        """Teacher-forced log-probabilities of a text, in sliding windows, streamed as they come.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

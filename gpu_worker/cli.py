@@ -1,0 +1,127 @@
+"""`gpu-worker`: the command line of the worker. Parses and prints; the work is elsewhere."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from common.addresses import Address, AddressClaim
+from common.grpc_client import wait_until_serving
+from common.message_json import print_json
+from common.process import configure_process, run_command, run_service
+from common.units import parse_size
+from gpu_worker import generate_cli
+from gpu_worker.client import WorkerClient
+from gpu_worker.printing import stats_table
+
+app = typer.Typer(
+    help="Runs a mixture-of-experts model whose experts live in an expert store, and serves clients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+generate_cli.register(app)
+
+_ADDRESS_HELP = "unix:PATH or HOST:PORT; default: a socket in your private runtime directory."
+
+
+@app.command()
+def start(
+    store: Annotated[str | None, typer.Option(help=_ADDRESS_HELP, metavar="ADDRESS")] = None,
+    listen: Annotated[str | None, typer.Option(help=_ADDRESS_HELP, metavar="ADDRESS")] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cuda or cpu; auto takes a GPU if there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Compute type, bfloat16 or float32; default: bfloat16 on a GPU, float32 on a CPU."),
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Slots a layer, from 1 up; any number gives the same output.")
+    ] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option(help="Device memory for weights, states and slots, like 7.6GB.", metavar="SIZE"),
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Which slot to give up: lru or lfru.")] = "lru",
+    prefetch: Annotated[
+        str,
+        typer.Option(help="Hint the next layer's experts to the store: auto (while it pays), on or off."),
+    ] = "auto",
+) -> None:
+    """Attach to an expert store on this machine and serve clients until stopped.
+
+    Waits for the store if it is not up yet. If the store dies later, decoding goes on from what is mapped,
+    and the worker attaches again by itself.
+
+    Example: gpu-worker start --slots 16
+    """
+    configure_process()
+    # Imported here: help and the client commands should not wait for PyTorch.
+    from gpu_worker.config import WorkerConfig
+    from gpu_worker.server import Worker
+
+    config = WorkerConfig(
+        store=_address(store, "store"),
+        listen=_address(listen, "worker"),
+        device=device,
+        dtype=dtype,
+        slots=slots,
+        vram=parse_size(vram) if vram else None,
+        policy=policy,
+        prefetch=prefetch,
+    )
+    claim = AddressClaim(config.listen)
+    try:
+        worker = Worker(config, name=f"{socket.gethostname()}-{os.getpid()}")
+        status = run_service(worker.run(), worker.stop)
+    finally:
+        claim.release()
+    raise typer.Exit(status)
+
+
+WorkerOption = Annotated[str | None, typer.Option("--worker", help=_ADDRESS_HELP, metavar="ADDRESS")]
+
+
+@app.command()
+def wait(
+    worker: WorkerOption = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.")] = 60.0,
+) -> None:
+    """Return as soon as the worker is ready to serve; fail after --timeout."""
+    wait_until_serving(_address(worker, "worker"), timeout)
+
+
+@app.command()
+def stats(
+    worker: WorkerOption = None,
+    json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Show slots, cache hits and requests."""
+    with WorkerClient(_address(worker, "worker")) as client:
+        reply, info = client.stats(), client.model_info()
+    if json:
+        print_json(reply)
+    else:
+        Console().print(stats_table(reply, info))
+
+
+@app.command()
+def stop(worker: WorkerOption = None) -> None:
+    """Stop the worker in good order."""
+    with WorkerClient(_address(worker, "worker")) as client:
+        client.stop()
+
+
+def _address(text: str | None, name: str) -> Address:
+    return Address.parse(text) if text else Address.default(name)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    raise SystemExit(run_command(lambda: app(standalone_mode=True)))

@@ -1,0 +1,70 @@
+"""The engine: model, pools and slot cache as one thing that takes steps. Used by one thread alone.
+
+A step is one chunk of one sequence's prompt, or the next token of several sequences. Which step comes next
+is the scheduler's choice; what a token becomes is the job's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpu_worker.model.nemotron_h import NemotronH
+from gpu_worker.model.states import StatePools
+from gpu_worker.slots.routed_experts import SlotExperts
+
+# Prompts enter in chunks of this many tokens whatever else happens: where a prompt is cut decides the
+# rounding of its sums, so the cut must depend on the prompt alone.
+PREFILL_CHUNK = 512
+# Attention of a decode step looks at a context rounded up to this, so its shapes change rarely.
+_CONTEXT_STEP = 256
+
+
+class Engine:
+    """Runs steps; knows the places of the pools that are free."""
+
+    def __init__(self, model: NemotronH, pools: StatePools, experts: SlotExperts) -> None:
+        self.model, self.pools, self.experts = model, pools, experts
+        self._free_places = list(range(pools.sequences))
+        self._lengths = [0] * pools.sequences  # the host's copy: reading the device's would wait for it
+
+    @property
+    def max_context(self) -> int:
+        return self.pools.max_context
+
+    def take_place(self) -> int:
+        """A place in the pools for a new sequence, as new."""
+        return self._free_places.pop(0)
+
+    def give_place(self, place: int) -> None:
+        self.pools.reset(place)
+        self._lengths[place] = 0
+        self._free_places.append(place)
+
+    def prefill(self, place: int, tokens: Sequence[int]) -> Tensor:
+        """The next chunk of a prompt: at most PREFILL_CHUNK ids to hidden (t, hidden_size)."""
+        assert 0 < len(tokens) <= PREFILL_CHUNK
+        self._lengths[place] += len(tokens)
+        return self.model.prefill(torch.tensor(tokens, device=self.pools.lengths.device), place, self.pools)
+
+    def decode(self, places: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """One token for each of several sequences: logits (b, vocab_size) float32."""
+        for place in places:
+            self._lengths[place] += 1
+        longest = max(self._lengths[place] for place in places)
+        context = min(-(-longest // _CONTEXT_STEP) * _CONTEXT_STEP, self.max_context)
+        device = self.pools.lengths.device
+        ids, rows = torch.tensor(tokens, device=device), torch.tensor(places, device=device)
+        return self.logits(self.model.decode(ids, rows, self.pools, context))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (rows, hidden_size) to logits (rows, vocab_size) float32."""
+        return self.model.logits(hidden)
+
+    def check_integrity(self) -> None:
+        """Between requests: every place free, every slot accounted for."""
+        assert sorted(self._free_places) == list(range(self.pools.sequences)), "a place is lost"
+        assert not any(self._lengths), "a free place has a length"
+        self.experts.check_integrity()

@@ -1,0 +1,164 @@
+"""The client commands, `gpu-worker generate` and `gpu-worker score`: they talk to a worker, not PyTorch."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from common.addresses import Address
+from common.errors import InvalidRequest, Unavailable
+from common.message_json import as_dict, print_json
+from gpu_worker.client import Generated, Prompt, WorkerClient
+from gpu_worker.printing import finish_table
+
+_WORKER = typer.Option("--worker", help="Address of the worker.", metavar="ADDRESS")
+_TOKEN_IDS = typer.Option("--token-ids", help="Token ids instead of text, like 1,2,3.", metavar="IDS")
+_JSON = typer.Option("--json", help="One line of JSON instead of a stream.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the worker's command line."""
+    app.command()(generate)
+    app.command()(score)
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; '-' reads standard input.")] = None,
+    worker: Annotated[str | None, _WORKER] = None,
+    token_ids: Annotated[str | None, _TOKEN_IDS] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send PROMPT as a user's message.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the K likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that make up this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop what is this much less likely than the best.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 disfavours what was said; 1: off.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end token.")] = False,
+    json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Continue a prompt, printing text as it comes.
+
+    Example: gpu-worker generate "def fibonacci(n):" --max-new-tokens 64
+    """
+    sampling = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or [],
+        "ignore_eos": ignore_eos,
+    }  # fmt: skip
+    _check_unsigned(sampling)
+    result = Generated()
+    with WorkerClient(_address(worker)) as client:
+        for event in client.generate(_prompt(prompt, token_ids, chat), **sampling):
+            result.add(event)
+            if not json:
+                print(event.delta.text, end="", flush=True)
+    if result.finish is None:
+        raise Unavailable("the stream ended without a result; the worker may have died")
+    if json:
+        print_json({"text": result.text, "token_ids": result.token_ids, **_finish_fields(result.finish)})
+    else:
+        # Without a tokenizer there is no text; the ids are the answer then.
+        print("" if result.text else " ".join(map(str, result.token_ids)))
+        Console(stderr=True).print(finish_table(result.finish))
+
+
+def score(
+    worker: Annotated[str | None, _WORKER] = None,
+    text: Annotated[Path | None, typer.Option(help="File of UTF-8 text; '-' reads standard input.")] = None,
+    token_ids: Annotated[str | None, _TOKEN_IDS] = None,
+    window: Annotated[int, typer.Option(help="Tokens read at once; 0: the worker's context.")] = 0,
+    stride: Annotated[int, typer.Option(help="How far the window moves; 0: as far as it is long.")] = 0,
+    json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Teacher-forced log-probabilities and perplexity of a text.
+
+    Example: gpu-worker score --text chapter.txt --window 1024 --stride 512
+    """
+    if (text is None) == (token_ids is None):
+        raise typer.BadParameter("give either --text or --token-ids")
+    given = _parse_ids(token_ids) if token_ids is not None else _read(text)
+    _check_unsigned({"window": window, "stride": stride})
+    tokens, logprobs = _collect_scores(worker, given, window, stride)
+    perplexity = math.exp(-math.fsum(logprobs) / len(logprobs)) if logprobs else None
+    if json:
+        print_json({"tokens": tokens, "logprobs": logprobs, "perplexity": perplexity})
+    else:
+        shown = "undefined for a single token" if perplexity is None else f"{perplexity:.4f}"
+        print(f"{len(tokens)} tokens, perplexity {shown}")
+
+
+def _collect_scores(
+    worker: str | None, given: str | list[int], window: int, stride: int
+) -> tuple[list[int], list[float]]:
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with (
+        WorkerClient(_address(worker)) as client,
+        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar,
+    ):
+        task = bar.add_task("")
+        for event in client.score(given, window, stride):
+            tokens += event.start.tokens
+            logprobs += event.piece.logprobs
+            bar.update(task, total=max(1, len(tokens) - 1), completed=len(logprobs))
+    if len(logprobs) != len(tokens) - 1:
+        raise Unavailable("the stream ended early; the worker may have died")
+    return tokens, logprobs
+
+
+def _finish_fields(finish: Any) -> dict[str, Any]:
+    fields = as_dict(finish)
+    return {"finish_reason": fields.pop("reason"), **fields}
+
+
+def _prompt(prompt: str | None, token_ids: str | None, chat: bool) -> Prompt:
+    if (prompt is None) == (token_ids is None):
+        raise typer.BadParameter("give either PROMPT or --token-ids")
+    if token_ids is not None:
+        return _parse_ids(token_ids)
+    assert prompt is not None
+    text = sys.stdin.read() if prompt == "-" else prompt
+    return [{"role": "user", "content": text}] if chat else text
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        ids = [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise InvalidRequest(f"--token-ids takes numbers separated by commas, not {text!r}") from None
+    bad = next((token for token in ids if not 0 <= token < 1 << 32), None)
+    if bad is not None:
+        raise InvalidRequest(f"{bad} is not a token id")
+    return ids
+
+
+def _read(path: Path | None) -> str:
+    assert path is not None
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"cannot read {path}: {error}") from None
+
+
+def _check_unsigned(options: dict[str, Any]) -> None:
+    """The wire has no negative counts; say so in the option's words. The worker checks the rest."""
+    for name in ("max_new_tokens", "top_k", "seed", "window", "stride"):
+        value = options.get(name)
+        if value is not None and not 0 <= value < 1 << (64 if name == "seed" else 32):
+            raise InvalidRequest(f"--{name.replace('_', '-')} must not be negative or huge: {value}")
+
+
+def _address(text: str | None) -> Address:
+    return Address.parse(text) if text else Address.default("worker")

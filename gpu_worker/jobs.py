@@ -1,0 +1,208 @@
+"""Jobs: what one request makes the engine do, one step at a time, from admission to its one ending.
+
+    WAITING --begin--> RUNNING --step ... step--> ENDED (finished, failed or cancelled)
+
+A `Generation` is a sequence in progress; a `Scoring` reads a text. Both are stepped by the scheduler's
+thread and speak through `emit`, which hands protocol messages to the event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import InvalidRequest
+from common.rpc import gpu_worker_pb2 as pb
+from gpu_worker.engine import PREFILL_CHUNK, Engine
+from gpu_worker.protocol import cache_message, token_message
+from gpu_worker.sampling import Sampler, SamplingParams
+from gpu_worker.slots.routed_experts import CacheCounters
+from gpu_worker.stopping import StopMatcher
+from gpu_worker.tokenizer import Tokenizer
+
+Emit = Callable[[Any], None]
+
+
+def check_tokens(ids: Sequence[int], vocab_size: int, longest: int) -> None:
+    """Raises InvalidRequest unless `ids` is a prompt the model can read and still answer."""
+    if not ids:
+        raise InvalidRequest("the prompt is empty; give at least one token")
+    bad = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab_size}")
+    if len(ids) > longest:
+        raise InvalidRequest(
+            f"the prompt has {len(ids)} tokens; this worker's context takes at most {longest}"
+        )
+
+
+class Job:
+    """What generation and scoring share: a place in the pools, arrival and admission, cancellation."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit = emit
+        self.cancelled = False
+        self.arrived = time.monotonic()
+        self.begun = self.arrived
+        self.place = -1
+        self._counted = CacheCounters()
+
+    def begin(self, engine: Engine) -> None:
+        self.begun = time.monotonic()
+        self.place = engine.take_place()
+        self._counted = engine.experts.counters.copy()
+
+    def end(self, engine: Engine) -> None:
+        engine.give_place(self.place)
+
+    def step(self, engine: Engine) -> bool:
+        """Do one step; True when nothing is left to do."""
+        raise NotImplementedError
+
+    def cache_counters(self, engine: Engine) -> pb.CacheCounters:
+        """What the cache did for this request."""
+        return cache_message(engine.experts.counters.since(self._counted))
+
+
+class Generation(Job):
+    """One sequence: its prompt enters chunk by chunk, then one token a step until a reason to finish."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        eos_token_ids: Sequence[int],
+        tokenizer: Tokenizer | None,
+        emit: Emit,
+    ) -> None:
+        super().__init__(emit)
+        self.prompt = list(prompt)
+        self.params = params
+        self.output: list[int] = []
+        self._eos = () if params.ignore_eos else tuple(eos_token_ids)
+        self._sampler = Sampler(params, self.prompt)
+        self._text = _TextOut(tokenizer, params.stop)
+        self._fed = 0
+        self._prefilled = 0.0
+
+    def step(self, engine: Engine) -> bool:
+        if self._fed < len(self.prompt):
+            chunk = self.prompt[self._fed : self._fed + PREFILL_CHUNK]
+            hidden = engine.prefill(self.place, chunk)
+            self._fed += len(chunk)
+            if self._fed < len(self.prompt):
+                return False
+            logits = engine.logits(hidden[-1:])[0]
+            self._prefilled = time.monotonic()
+        else:
+            logits = engine.decode([self.place], [self.output[-1]])[0]
+        reason = self._accept(logits, engine.max_context)
+        if reason is None:
+            return False
+        self._finish(reason, engine)
+        return True
+
+    def _accept(self, logits: Tensor, max_context: int) -> str | None:
+        """Choose a token and stream it; the reason to finish, if there is one now."""
+        choice = self._sampler.choose(logits)
+        self.output.append(choice.token)
+        ended = choice.token in self._eos
+        text, stopped = ("", False) if ended else self._text.push(choice.token)
+        self.emit(pb.GenerateEvent(delta=pb.Delta(text=text, tokens=[token_message(choice)])))
+        if stopped:
+            return "stop"
+        if ended:
+            return "eos"
+        full = len(self.prompt) + len(self.output) > max_context
+        return "length" if full or len(self.output) >= self.params.max_new_tokens else None
+
+    def _finish(self, reason: str, engine: Engine) -> None:
+        rest = self._text.flush() if reason != "stop" else ""
+        if rest:
+            self.emit(pb.GenerateEvent(delta=pb.Delta(text=rest)))
+        now = time.monotonic()
+        decoded, seconds = len(self.output) - 1, now - self._prefilled
+        timings = pb.Timings(
+            queue_ms=(self.begun - self.arrived) * 1e3,
+            prefill_ms=(self._prefilled - self.begun) * 1e3,
+            decode_ms=seconds * 1e3,
+            tokens_per_second=decoded / seconds if decoded and seconds else 0.0,
+        )
+        usage = pb.Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.output))
+        finish = pb.Finish(reason=reason, usage=usage, timings=timings, cache=self.cache_counters(engine))
+        self.emit(pb.GenerateEvent(finish=finish))
+
+
+class Scoring(Job):
+    """Teacher-forced log-probabilities of a text, in windows that overlap by window - stride tokens.
+
+    Every token after the first is scored once, in the window where it has the most context; a step is one
+    chunk of one window.
+    """
+
+    def __init__(self, tokens: Sequence[int], window: int, stride: int, emit: Emit) -> None:
+        super().__init__(emit)
+        self.tokens = list(tokens)
+        self.window, self.stride = window, stride
+        self._start = 0  # of the current window
+        self._fed = 0  # tokens of the current window already read
+        self._scored = 1  # tokens whose log-probability is known; the first has none
+        emit(pb.ScoreEvent(start=pb.ScoreStart(tokens=self.tokens)))
+
+    def step(self, engine: Engine) -> bool:
+        end = min(self._start + self.window, len(self.tokens))
+        first = self._start + self._fed
+        chunk = self.tokens[first : min(first + PREFILL_CHUNK, end)]
+        hidden = engine.prefill(self.place, chunk)
+        self._fed += len(chunk)
+        self._score(engine, hidden, first, end)
+        if first + len(chunk) < end:
+            return False
+        if end == len(self.tokens):
+            return True
+        self._start, self._fed = self._start + self.stride, 0
+        engine.give_place(self.place)
+        self.place = engine.take_place()
+        return False
+
+    def _score(self, engine: Engine, hidden: Tensor, first: int, end: int) -> None:
+        """Score the tokens after each of the chunk's, as far as they are in the window and not yet scored."""
+        skip = max(0, self._scored - (first + 1))
+        last = min(first + hidden.shape[0], end - 1)  # position of the last token scored here
+        if first + 1 + skip > last:
+            return
+        targets = torch.tensor(self.tokens[first + 1 + skip : last + 1], device=hidden.device)
+        logprobs = engine.logits(hidden[skip : skip + len(targets)]).log_softmax(-1)
+        chosen = logprobs.gather(1, targets[:, None])[:, 0]
+        self._scored = last + 1
+        self.emit(pb.ScoreEvent(piece=pb.ScorePiece(logprobs=chosen.tolist())))
+
+
+@dataclass
+class _TextOut:
+    """Token ids to text that may be shown: whole characters, stop strings cut; nothing without tokenizer."""
+
+    tokenizer: Tokenizer | None
+    stop: tuple[str, ...]
+    _stream: Any = field(init=False)
+    _matcher: StopMatcher = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stream = self.tokenizer.stream() if self.tokenizer else None
+        self._matcher = StopMatcher(self.stop)
+
+    def push(self, token: int) -> tuple[str, bool]:
+        if self._stream is None:
+            return "", False
+        return self._matcher.push(self._stream.push(token))
+
+    def flush(self) -> str:
+        if self._stream is None:
+            return ""
+        text, stopped = self._matcher.push(self._stream.flush())
+        return text if stopped else text + self._matcher.flush()

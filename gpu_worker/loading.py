@@ -1,0 +1,108 @@
+"""From an attachment to a model that can take steps: dense weights, pools, slots, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.checkpoint.packed import PackedCheckpoint
+from common.errors import Incompatible
+from common.model_config import ModelConfig
+from common.units import format_bytes
+from gpu_worker.config import WorkerConfig
+from gpu_worker.engine import Engine
+from gpu_worker.model.nemotron_h import NemotronH
+from gpu_worker.model.states import StatePools
+from gpu_worker.model.weights import ModelWeights, build_weights
+from gpu_worker.slots.fetch import Fetcher
+from gpu_worker.slots.hints import Hints
+from gpu_worker.slots.policies import POLICIES
+from gpu_worker.slots.routed_experts import SlotExperts
+from gpu_worker.store_link import Attachment, StoreLink
+from gpu_worker.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+SEQUENCES = 1  # places in the pools; the scheduler runs one sequence at a time
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What requests need to know of the model, and the engine that runs it."""
+
+    name: str
+    fingerprint: str
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: Tokenizer | None
+    eos_token_ids: tuple[int, ...]
+    engine: Engine
+    fetcher: Fetcher
+
+    @property
+    def max_context(self) -> int:
+        return self.engine.max_context
+
+
+def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) -> ServedModel:
+    """Raises Incompatible when the checkpoint on disk is no longer what the store serves."""
+    checkpoint = PackedCheckpoint.open(attachment.checkpoint)
+    here = (checkpoint.fingerprint, checkpoint.layout.digest)
+    if here != (attachment.fingerprint, attachment.arena.shape.layout_digest):
+        raise Incompatible(f"{checkpoint.directory} has changed since the store opened it; restart the store")
+    device = config.resolve_device()
+    dtype = config.resolve_dtype(device)
+    model = checkpoint.config
+    weights = build_weights(checkpoint.dense(), model, dtype, device)
+    pools = StatePools(model, SEQUENCES, model.max_position_embeddings, dtype, device)
+    fetcher = Fetcher(link)
+    experts = _slot_experts(config, checkpoint, weights, pools, fetcher)
+    log.info("on %s in %s; dense weights %s", device, dtype, format_bytes(weights.nbytes))
+    return ServedModel(
+        name=checkpoint.manifest.model,
+        fingerprint=checkpoint.fingerprint,
+        config=model,
+        device=device,
+        dtype=dtype,
+        tokenizer=Tokenizer.from_directory(checkpoint.directory),
+        eos_token_ids=_eos_token_ids(checkpoint.directory, model.eos_token_ids),
+        engine=Engine(NemotronH(model, weights, experts), pools, experts),
+        fetcher=fetcher,
+    )
+
+
+def _slot_experts(
+    config: WorkerConfig,
+    checkpoint: PackedCheckpoint,
+    weights: ModelWeights,
+    pools: StatePools,
+    fetcher: Fetcher,
+) -> SlotExperts:
+    stride = checkpoint.layout.stride
+    choice = config.choose_slots(checkpoint.config, stride, weights.nbytes + pools.nbytes)
+    experts = SlotExperts(
+        checkpoint.layout,
+        checkpoint.codebooks(),
+        checkpoint.config.num_layers,
+        choice.slots,
+        POLICIES[config.policy],
+        fetcher,
+        Hints(config.prefetch, fetcher),
+        pools.lengths.device,
+    )
+    log.info("%d slots a layer (%s): %s", choice.slots, choice.reason, format_bytes(experts.pool.numel()))
+    return experts
+
+
+def _eos_token_ids(directory: Path, fallback: tuple[int, ...]) -> tuple[int, ...]:
+    """generation_config.json's, which names every id that ends a turn; else config.json's."""
+    path = directory / "generation_config.json"
+    value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    if value is None:
+        return fallback
+    return tuple(value) if isinstance(value, list) else (value,)

@@ -1,0 +1,43 @@
+"""How the worker's counters look on a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from common.rpc import gpu_worker_pb2 as pb
+from common.units import format_bytes
+
+
+def finish_table(finish: pb.Finish) -> Table:
+    """The counters of one request."""
+    usage, timings, cache = finish.usage, finish.timings, finish.cache
+    table = Table(show_header=False, title="this request", title_justify="left")
+    table.add_row(
+        "finished", f"{finish.reason}, {usage.completion_tokens} tokens after {usage.prompt_tokens}"
+    )
+    table.add_row("waited", f"{timings.queue_ms:.0f} ms, then {timings.prefill_ms:.0f} ms of prefill")
+    table.add_row("decode", f"{timings.decode_ms:.0f} ms, {timings.tokens_per_second:.1f} tokens/s")
+    table.add_row("slots", f"{cache.hits} hits, {cache.misses} misses: {cache.hit_rate:.1%} hit rate")
+    table.add_row("fetched", f"{format_bytes(cache.bytes_fetched)}; {cache.staged} experts came from disk")
+    return table
+
+
+def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
+    """The counters of a worker since its start."""
+    cache = stats.cache
+    table = Table(show_header=False, title=f"gpu worker: {info.model}", title_justify="left")
+    for name, value in (
+        ("device", f"{info.device}, {info.dtype}, context {info.max_context}"),
+        ("slots", f"{stats.slots_per_layer} of {info.experts_per_layer} a layer, "
+                  f"{format_bytes(stats.slot_bytes)}, {stats.policy}"),
+        ("cache", f"{cache.hits} hits, {cache.misses} misses: {cache.hit_rate:.1%} hit rate"),
+        ("fetched", f"{format_bytes(cache.bytes_fetched)}; {cache.staged} experts came from disk"),
+        ("prefetch", f"{stats.prefetch}; {stats.hints_sent} hints, {stats.hints_useful} useful"),
+        ("requests", f"{stats.requests} ({stats.requests_failed} failed), {stats.running} running, "
+                     f"{stats.waiting} waiting"),
+        ("tokens", f"{stats.prompt_tokens} read, {stats.completion_tokens} written"),
+        ("store", stats.store),
+        ("up", f"{stats.uptime_seconds:.0f} s"),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    return table

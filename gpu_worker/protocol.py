@@ -1,0 +1,69 @@
+"""Between the wire and the worker's own types: requests checked and converted, results made messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.errors import Incompatible, InvalidRequest
+from common.messages import PROTOCOL_VERSION
+from common.rpc import gpu_worker_pb2 as pb
+from gpu_worker.sampling import Choice, SamplingParams
+from gpu_worker.slots.routed_experts import CacheCounters
+from gpu_worker.tokenizer import Tokenizer
+
+DEFAULT_NEW_TOKENS = 256
+
+
+def check_version(version: int) -> None:
+    """Raises Incompatible unless the client speaks this protocol, or does not say (0)."""
+    if version not in (0, PROTOCOL_VERSION):
+        raise Incompatible(f"this worker speaks protocol {PROTOCOL_VERSION}, the client {version}")
+
+
+def prompt_tokens(
+    request: pb.GenerateRequest | pb.ScoreRequest, tokenizer: Tokenizer | None
+) -> Sequence[int]:
+    """Token ids of whatever form the prompt has."""
+    form = request.WhichOneof("prompt" if isinstance(request, pb.GenerateRequest) else "input")
+    if form == "token_ids":
+        return list(request.token_ids.ids)
+    if form is None:
+        raise InvalidRequest("the request has no prompt")
+    if tokenizer is None:
+        raise InvalidRequest("this checkpoint has no tokenizer; send token ids")
+    if form == "text":
+        return tokenizer.encode(request.text)
+    assert isinstance(request, pb.GenerateRequest)
+    messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
+    return tokenizer.encode_chat(messages)
+
+
+def sampling_params(message: pb.SamplingParams) -> SamplingParams:
+    """Validated parameters; absent fields take the neutral value."""
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        seed=message.seed if message.HasField("seed") else None,
+        max_new_tokens=message.max_new_tokens if message.HasField("max_new_tokens") else DEFAULT_NEW_TOKENS,
+        stop=tuple(message.stop),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs,
+    )
+
+
+def token_message(choice: Choice) -> pb.Token:
+    alternatives = [pb.Alternative(token_id=token, logprob=logprob) for token, logprob in choice.alternatives]
+    return pb.Token(id=choice.token, logprob=choice.logprob, alternatives=alternatives)
+
+
+def cache_message(counters: CacheCounters) -> pb.CacheCounters:
+    return pb.CacheCounters(
+        hits=counters.hits,
+        misses=counters.misses,
+        hit_rate=counters.hit_rate,
+        bytes_fetched=counters.bytes_fetched,
+        staged=counters.staged,
+    )

@@ -1,0 +1,109 @@
+"""The scheduler: the one thread that steps jobs through the engine, first come, first served.
+
+Jobs arrive from the event loop by `submit`, and every submitted job gets exactly one ending, through its
+`on_end`: None when it finished or was cancelled, else the error. A `ServingError` fails the one job; anything
+else is a broken invariant or a failed device, and ends the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.errors import Exhausted, ServingError, Unavailable
+from gpu_worker.engine import Engine
+from gpu_worker.jobs import Job
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 256
+
+
+@dataclass
+class _Entry:
+    job: Job
+    on_end: Callable[[BaseException | None], None]
+
+
+class Scheduler:
+    """Owns the engine's thread and the queue before it."""
+
+    def __init__(self, engine: Engine, on_fatal: Callable[[BaseException], None]) -> None:
+        self.failed = 0
+        self._engine, self._on_fatal = engine, on_fatal
+        self._waiting: deque[_Entry] = deque()
+        self._running: _Entry | None = None
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return int(self._running is not None)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job, on_end: Callable[[BaseException | None], None]) -> None:
+        """Queue a job; raises Exhausted when the queue is full, Unavailable when the worker is stopping."""
+        with self._changed:
+            if self._stopping:
+                raise Unavailable("the worker is stopping")
+            if len(self._waiting) >= MAX_WAITING:
+                raise Exhausted(f"{MAX_WAITING} requests are waiting already; try again later")
+            self._waiting.append(_Entry(job, on_end))
+            self._changed.notify()
+
+    def stop(self, timeout: float) -> None:
+        """Fail what waits and what runs, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while (entry := self._next()) is not None:
+            self._serve(entry)
+        for entry in self._waiting:
+            entry.on_end(Unavailable("the worker is stopping"))
+        self._waiting.clear()
+
+    def _next(self) -> _Entry | None:
+        with self._changed:
+            self._running = None
+            self._changed.wait_for(lambda: self._stopping or self._waiting)
+            if self._stopping:
+                return None
+            self._running = self._waiting.popleft()
+            return self._running
+
+    def _serve(self, entry: _Entry) -> None:
+        """One job from begin to end."""
+        job, error = entry.job, None
+        if job.cancelled:
+            entry.on_end(None)
+            return
+        job.begin(self._engine)
+        try:
+            while not job.cancelled and not job.step(self._engine):
+                if self._stopping:
+                    raise Unavailable("the worker is stopping")
+        except ServingError as failure:
+            self.failed += 1
+            error = failure
+        except BaseException as failure:  # an invariant broke or the device failed
+            log.critical("the engine failed", exc_info=failure)
+            entry.on_end(failure)
+            self._on_fatal(failure)
+            return
+        job.end(self._engine)
+        self._engine.check_integrity()
+        entry.on_end(error)

@@ -1,0 +1,88 @@
+"""The worker process: its life from attaching to detaching, in one place.
+
+attach to the store -> load the model -> serve -> stop: refuse new calls -> end the engine's thread -> give
+the lease back. (The address is claimed before and released after, by the command line.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from common.grpc_server import RpcServer
+from common.process import EXIT_INVARIANT
+from common.rpc import gpu_worker_pb2 as pb
+from common.rpc.gpu_worker_pb2_grpc import add_GpuWorkerServicer_to_server
+from gpu_worker.config import WorkerConfig
+from gpu_worker.loading import ServedModel, load_model
+from gpu_worker.scheduler import Scheduler
+from gpu_worker.service import GenerationService
+from gpu_worker.store_link import StoreLink
+
+log = logging.getLogger(__name__)
+
+ATTACH_TIMEOUT = 120.0  # seconds; a store that packs its model first takes its time
+_STOP_GRACE = 1.0
+
+
+class Worker:
+    """Owns everything of one running worker."""
+
+    def __init__(self, config: WorkerConfig, name: str) -> None:
+        self.config = config
+        self.started = time.monotonic()
+        self.link = StoreLink(config.store, name)
+        self._rpc = RpcServer(config.listen, on_fatal=self._fatal)
+        self._exit_status = 0
+        self._stopping = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._scheduler: Scheduler | None = None
+        self._model: ServedModel | None = None
+
+    def stop(self) -> None:
+        """Ask the process to end in good order."""
+        self._stopping.set()
+
+    async def run(self) -> int:
+        """Attach, load, serve until stopped; returns the exit status."""
+        starting = asyncio.create_task(self._start())
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()  # raises what kept the worker from starting
+                await stopping
+            log.info("stopping")
+        finally:
+            for task in (starting, stopping, *self._tasks):
+                task.cancel()
+            await self._close()
+        return self._exit_status
+
+    async def _start(self) -> None:
+        attachment = await self.link.attach(ATTACH_TIMEOUT)
+        self._tasks.append(asyncio.create_task(self.link.keep()))
+        # In a thread, so that heartbeats go on.
+        self._model = await asyncio.to_thread(load_model, self.config, attachment, self.link)
+        loop = asyncio.get_running_loop()
+        self._scheduler = Scheduler(
+            self._model.engine, on_fatal=lambda error: loop.call_soon_threadsafe(self._fatal, error)
+        )
+        self._scheduler.start()
+        service = GenerationService(self, self._model, self._scheduler)
+        add_GpuWorkerServicer_to_server(service, self._rpc.server)
+        await self._rpc.start(pb.DESCRIPTOR.services_by_name["GpuWorker"].full_name)
+        await self._rpc.set_serving(True)
+        log.info("ready on %s after %.1f s", self.config.listen, time.monotonic() - self.started)
+
+    async def _close(self) -> None:
+        await self._rpc.stop(_STOP_GRACE)
+        if self._scheduler is not None and self._model is not None:
+            await asyncio.to_thread(self._scheduler.stop, _STOP_GRACE)
+            self._model.fetcher.close()
+        await self.link.close()
+
+    def _fatal(self, error: BaseException) -> None:
+        self._exit_status = EXIT_INVARIANT
+        self.stop()

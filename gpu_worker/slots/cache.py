@@ -1,0 +1,92 @@
+"""One layer's slots: which expert lies where, and which of them must stay.
+
+    FREE --reserve--> FILLING --publish--> RESIDENT --(evicted by reserve)--> FREE
+                         '---abandon---> FREE
+
+A RESIDENT slot may be pinned while a wave computes from it; a pinned slot is never evicted. Book-keeping
+only: bytes are moved by `fetch`, victims chosen by `policies`.
+"""
+
+from __future__ import annotations
+
+from gpu_worker.slots.policies import Policy, Usage
+
+
+class LayerSlots:
+    """Owns the slots of one layer. Invariant: every slot is free, filling or resident, in one place only."""
+
+    def __init__(self, slots: int, policy: Policy) -> None:
+        assert slots >= 1
+        self.slots = slots
+        self._policy = policy
+        self._clock = 0
+        self._usage = [Usage() for _ in range(slots)]
+        self._free = list(range(slots - 1, -1, -1))  # popped from the end: slot 0 first
+        self._filling: dict[int, int] = {}  # expert -> slot
+        self._resident: dict[int, int] = {}  # expert -> slot
+        self._pins: set[int] = set()  # experts
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def pinned(self) -> int:
+        return len(self._pins)
+
+    def lookup(self, expert: int) -> int | None:
+        """The slot of a resident expert; no use is noted."""
+        return self._resident.get(expert)
+
+    def tick(self) -> None:
+        """A new step of this layer begins."""
+        self._clock += 1
+
+    def touch(self, expert: int) -> None:
+        """Note that this step uses a resident expert."""
+        usage = self._usage[self._resident[expert]]
+        usage.last_used = self._clock
+        usage.uses += 1
+
+    def retire(self, expert: int) -> None:
+        """Let a resident expert be the next victim: it only passed through."""
+        self._usage[self._resident[expert]] = Usage()
+
+    def reserve(self, expert: int) -> int:
+        """A slot to fill with `expert`; evicts by policy when none is free. One must be unpinned."""
+        assert expert not in self._resident and expert not in self._filling, f"expert {expert} has a slot"
+        if not self._free:
+            self._evict_one()
+        slot = self._free.pop()
+        self._filling[expert] = slot
+        return slot
+
+    def publish(self, expert: int) -> None:
+        """The record lies in its slot, whole."""
+        slot = self._filling.pop(expert)
+        self._resident[expert] = slot
+        self._usage[slot] = Usage(self._clock, 1)
+
+    def abandon(self, expert: int) -> None:
+        """The fetch failed; the slot is free again."""
+        self._free.append(self._filling.pop(expert))
+
+    def pin(self, expert: int) -> None:
+        assert expert in self._resident and expert not in self._pins
+        self._pins.add(expert)
+
+    def unpin(self, expert: int) -> None:
+        self._pins.remove(expert)
+
+    def check_integrity(self) -> None:
+        """Conservation: free + filling + resident = all slots, each once; only resident ones are pinned."""
+        held = [*self._free, *self._filling.values(), *self._resident.values()]
+        assert sorted(held) == list(range(self.slots)), "a slot is lost or held twice"
+        assert not self._filling.keys() & self._resident.keys(), "an expert is filling and resident"
+        assert self._pins <= self._resident.keys(), "a pinned expert is not resident"
+
+    def _evict_one(self) -> None:
+        evictable = {slot: expert for expert, slot in self._resident.items() if expert not in self._pins}
+        assert evictable, "every slot is pinned or filling"
+        victim = self._policy(self._clock, [(slot, self._usage[slot]) for slot in sorted(evictable)])
+        self._free.append(self._resident.pop(evictable[victim]))

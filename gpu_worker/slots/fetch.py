@@ -1,0 +1,145 @@
+"""Fetching: records from the arena's frames into slots, and asking the store for those that are absent.
+
+The life of a miss. A READY frame is copied straight from the mapped arena: no message. An absent expert is
+asked for by STAGE; the reply names its frame, pinned for this worker until RELEASE. Used by the engine's
+thread alone; the link behind it is kept up by the event loop (`gpu_worker.store_link`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+
+import zmq
+from torch import Tensor
+
+from common.errors import CheckpointError, Exhausted, Unavailable
+from common.messages import Done, Failed, Fault, Kind, Staged, request, unpack_reply
+from common.record import ExpertKey
+from gpu_worker.store_link import Attachment, StoreLink
+
+Wanted = tuple[ExpertKey, Tensor]
+
+FETCH_TIMEOUT = 30.0  # seconds a step waits for the store's disk; longer than the store's own limit
+RETURN_TIMEOUT = 5.0  # seconds a step waits for a lost store to come back
+_POLL_MS = 50
+
+
+class _StoreGone(Exception):
+    """The attachment ended while its replies were awaited."""
+
+
+class Fetcher:
+    """Owns the DEALER socket of the current attachment."""
+
+    def __init__(self, link: StoreLink) -> None:
+        self._link = link
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._attachment: Attachment | None = None
+        self._ids = itertools.count(1)
+
+    def all_fit(self) -> bool:
+        """Whether the store has a frame for every expert, so that nothing stays absent."""
+        attachment = self._link.last_attachment
+        return attachment is not None and attachment.all_fit
+
+    def fetch(self, wanted: Sequence[Wanted]) -> set[ExpertKey]:
+        """Copy each record into its slot; returns the experts that had to be staged first.
+
+        Raises Unavailable when the store is gone and does not come back in time, CheckpointError when it
+        cannot read a record, Exhausted when it has no frame for one.
+        """
+        arena = self._link.last_attachment.arena
+        absent = {key: slot for key, slot in wanted if not arena.read(key, slot)}
+        staged = set(absent)
+        deadline = time.monotonic() + FETCH_TIMEOUT
+        while absent:
+            attachment = self._link.wait_attached(RETURN_TIMEOUT)
+            try:
+                self._stage(attachment, absent, deadline)
+            except _StoreGone:
+                continue  # whatever is still in `absent` is asked for again, of the store's successor
+        return staged
+
+    def hint(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Hint those of `keys` that are absent, if a store is attached; returns them. Never waits."""
+        attachment = self._link.attachment
+        if attachment is None:
+            return []
+        absent = [key for key in keys if not attachment.arena.is_ready(key)]
+        if absent:
+            socket = self._connect(attachment)
+            self._discard_replies(socket)
+            self._send(socket, attachment, Kind.HINT, absent)
+        return absent
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+    def _stage(self, attachment: Attachment, absent: dict[ExpertKey, Tensor], deadline: float) -> None:
+        """Ask for all of `absent` at once; copy each record as it comes and take it out of the dict."""
+        socket = self._connect(attachment)
+        asked = {self._send(socket, attachment, Kind.STAGE, [key]): key for key in absent}
+        while absent:
+            if not socket.poll(_POLL_MS):
+                if self._link.attachment is not attachment:
+                    raise _StoreGone
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"the store did not stage {next(iter(absent))} in {FETCH_TIMEOUT:.0f} s"
+                    )
+                continue
+            reply = unpack_reply(socket.recv())
+            key = asked.pop(reply.request_id, None)
+            if key is None or isinstance(reply, Done):
+                continue  # the answer to a hint or a release, or to a request given up before
+            if isinstance(reply, Failed):
+                self._raise(attachment, reply)
+            elif self._copy(attachment, reply, key, absent[key]):
+                del absent[key]
+            else:  # the lease ended and the frame was reused: ask again
+                asked[self._send(socket, attachment, Kind.STAGE, [key])] = key
+
+    def _copy(self, attachment: Attachment, reply: Staged, key: ExpertKey, slot: Tensor) -> bool:
+        entry = attachment.arena.entry(key)
+        whole = (entry.frame, entry.generation) == (reply.frame, reply.generation)
+        whole = whole and attachment.arena.read(key, slot)
+        self._send(self._connect(attachment), attachment, Kind.RELEASE, [key])
+        return whole
+
+    def _raise(self, attachment: Attachment, reply: Failed) -> None:
+        if reply.fault is Fault.NO_LEASE:
+            self._link.give_up(attachment)
+            raise _StoreGone
+        if reply.fault is Fault.BUSY:
+            raise Exhausted(reply.text)
+        raise CheckpointError(f"the store could not stage an expert: {reply.text}")
+
+    def _connect(self, attachment: Attachment) -> zmq.Socket[bytes]:
+        """The socket of this attachment; a former one's is closed, and with it its unanswered requests."""
+        if self._socket is None or self._attachment is not attachment:
+            if self._socket is not None:
+                self._socket.close(linger=0)
+            self._socket = self._context.socket(zmq.DEALER)
+            self._socket.linger = 0
+            self._socket.connect(attachment.data_endpoint)
+            self._attachment = attachment
+        return self._socket
+
+    def _send(
+        self, socket: zmq.Socket[bytes], attachment: Attachment, kind: Kind, keys: Sequence[ExpertKey]
+    ) -> int:
+        request_id = next(self._ids)
+        try:
+            socket.send(request(kind, request_id, attachment.lease_id, keys), zmq.NOBLOCK)
+        except zmq.Again:
+            if kind is Kind.STAGE:  # a full queue means that nobody reads: wait for the link to notice
+                raise _StoreGone from None
+        return request_id
+
+    @staticmethod
+    def _discard_replies(socket: zmq.Socket[bytes]) -> None:
+        while socket.poll(0):
+            socket.recv()
