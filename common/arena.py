@@ -140,7 +140,8 @@ class OwnedArena(Arena):
         fcntl.flock(self._file, fcntl.LOCK_EX)
         os.ftruncate(self._file, shape.size)
         path = SEGMENT_DIRECTORY / f"{_segment_prefix()}{os.getpid()}-{os.urandom(4).hex()}.arena"
-        os.link(f"/proc/self/fd/{self._file}", path, follow_symlinks=True)
+        # With a directory descriptor Python calls linkat, which follows the link; link(2) would not.
+        os.link(f"/proc/self/fd/{self._file}", path, src_dir_fd=self._file, follow_symlinks=True)
         mapping = mmap.mmap(self._file, shape.size)
         mapping.madvise(mmap.MADV_HUGEPAGE)
         mapping[: _HEADER.size] = shape.pack()
