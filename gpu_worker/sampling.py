@@ -74,7 +74,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self.params = params
-        self._history = list(prompt)
+        self._prompt = prompt
         self._seen: Tensor | None = None  # (vocab,) bool, on the logits' device
         self._generator = torch.Generator()
         if params.seed is None:
@@ -84,26 +84,24 @@ class Sampler:
 
     def choose(self, logits: Tensor) -> Choice:
         """The next token from logits (vocab,) float32. Raises FloatingPointError if they are not finite."""
-        scores = self._penalised(logits)
-        token = int(scores.argmax()) if self.params.temperature == 0 else self._draw(scores)
         logprobs = logits.log_softmax(-1)
-        logprob = float(logprobs[token])
-        if not math.isfinite(logprob):
+        if not math.isfinite(float(logprobs.max())):
             raise FloatingPointError("the model's logits are not finite, so no token can be chosen from them")
-        top = logprobs.topk(min(self.params.logprobs, len(logprobs)))
+        scores = self._penalised(logits.double())
+        token = int(scores.argmax()) if self.params.temperature == 0 else self._draw(scores)
         if self._seen is not None:
             self._seen[token] = True
-        return Choice(token, logprob, tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+        top = logprobs.topk(min(self.params.logprobs, len(logprobs)))
+        alternatives = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return Choice(token, float(logprobs[token]), tuple(alternatives))
 
-    def _penalised(self, logits: Tensor) -> Tensor:
-        """Logits with those of all tokens seen so far moved down, in float64."""
-        scores, penalty = logits.double(), self.params.repetition_penalty
-        if penalty == 1:
+    def _penalised(self, scores: Tensor) -> Tensor:
+        if self.params.repetition_penalty == 1:
             return scores
         if self._seen is None:
-            self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            self._seen[torch.tensor(self._history, dtype=torch.int64, device=logits.device)] = True
-        return torch.where(self._seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+            self._seen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+            self._seen[torch.tensor(self._prompt, dtype=torch.int64, device=scores.device)] = True
+        return penalise(scores, self._seen, self.params.repetition_penalty)
 
     def _draw(self, scores: Tensor) -> int:
         """One uniform number a token, put through the inverse of the cumulative distribution."""
@@ -114,6 +112,11 @@ class Sampler:
         # probability 0, whose step has no width, is never met.
         target = min(uniform * total, math.nextafter(total, 0.0))
         return int(torch.searchsorted(cumulative, target, right=True))
+
+
+def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Scores (vocab,) with those where `seen` (vocab,) bool moved down by a factor, whatever their sign."""
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def warp(scores: Tensor, params: SamplingParams) -> Tensor:

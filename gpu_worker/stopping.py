@@ -1,7 +1,8 @@
-"""Stop strings in a stream of text: nothing of a stop string is ever shown, however the text is cut into pieces.
+"""Stop strings in a stream of text: nothing of one is ever shown, however the text is cut into pieces.
 
-The match that is complete first wins; of two that end together, the one that began earlier. So the outcome is that
-of reading one character at a time, and generation ends as soon as it can. Text only; tokens are `tokenizer.py`.
+The match that is complete first wins; of two that end together, the one that began earlier. So the outcome is
+that of reading one character at a time, and generation ends as soon as it can. Text only: tokens become text
+in `tokenizer.py`.
 """
 
 from __future__ import annotations

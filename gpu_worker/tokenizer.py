@@ -1,7 +1,7 @@
 """Text to token ids and back, exactly as the checkpoint's own tokenizer and chat template define it.
 
-Reads local files only and runs no code from a checkpoint. `TokenStream` turns tokens into text while they arrive;
-what the text means (stop strings, endings) is not known here.
+Reads local files only and runs no code from a checkpoint. `TokenStream` turns tokens into text while they
+arrive; what the text means (stop strings, endings) is not known here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer | None:
-        """The tokenizer in `directory`, None if it has none; CheckpointError if it has one that will not load."""
+        """The tokenizer in `directory`, None if it has none; CheckpointError if it will not load."""
         if not any((directory / name).exists() for name in _FILES):
             return None
         try:
@@ -78,8 +78,8 @@ class TokenStream:
     """Text of a growing list of ids: the pieces together are `decode` of all ids.
 
     A tokenizer may decode an id differently at the beginning of a text than within it, so the ids of the last
-    piece stay in front of the new ones as context. A piece is held back while it ends within a character, which
-    decodes as U+FFFD.
+    piece stay in front of the new ones as context. A piece is held back while it ends in U+FFFD, which is
+    what a part of a character decodes to.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,166 @@
+"""Tokenizer: the stream's pieces are the whole, characters are never cut, chats and bad directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from common.errors import CheckpointError, InvalidRequest
+from gpu_worker.tokenizer import Tokenizer
+
+CORPUS = [
+    "def main():\n    print('grüße, 你好 🙂')\n",
+    "the pair that serves, the store and the worker",
+    "don't . ",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
+    "<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+def byte_level() -> Backend:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return backend
+
+
+def byte_fallback() -> Backend:
+    """As SentencePiece models are: spaces as U+2581, the first one stripped, unknown characters as bytes."""
+    letters = sorted(set("".join(CORPUS).replace(" ", "▁")) - {"🙂", "你"})
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocab = {name: index for index, name in enumerate(names)}
+    backend = Backend(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return backend
+
+
+def save(backend: Backend, directory: Path, **config: object) -> Path:
+    directory.mkdir()
+    backend.save(str(directory / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(described | config))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(byte_level(), tmp_path_factory.mktemp("bpe") / "model", chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    loaded = Tokenizer.from_directory(directory)
+    assert loaded is not None
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    loaded = Tokenizer.from_directory(save(byte_fallback(), tmp_path_factory.mktemp("spm") / "model"))
+    assert loaded is not None
+    return loaded
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    stream = tokenizer.stream()
+    return [stream.push(token) for token in ids] + [stream.flush()]
+
+
+@settings(deadline=None, max_examples=300)
+@given(ids=st.lists(st.integers(0, 340), max_size=40))
+def test_pieces_of_any_ids_are_the_whole(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Ids at random: broken UTF-8, special tokens, and (from 330) ids that the tokenizer does not know."""
+    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=TEXT)
+def test_pieces_of_a_text_are_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    got = pieces(tokenizer, tokenizer.encode(text))
+    assert "".join(got) == text
+    assert sum(piece.count("\ufffd") for piece in got) == text.count("\ufffd")
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=TEXT)
+def test_pieces_with_byte_fallback_and_stripped_spaces(sentencepiece_like: Tokenizer, text: str) -> None:
+    ids = sentencepiece_like.encode(text)
+    got = pieces(sentencepiece_like, ids)
+    assert "".join(got) == sentencepiece_like.decode(ids)
+    assert sum(piece.count("\ufffd") for piece in got) == text.count("\ufffd")
+
+
+def test_a_character_appears_with_its_last_byte(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("é漢")[1:]
+    got = pieces(tokenizer, ids)
+    assert [piece for piece in got if piece] == ["é", "漢"] and got[-2] == "漢"
+
+
+def test_an_unfinished_character_comes_with_the_flush(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a漢")[1:-1]
+    assert pieces(tokenizer, ids)[-2:] == ["", "\ufffd"]
+
+
+def test_space_cleaning_configured_in_the_checkpoint_is_off(tmp_path: Path) -> None:
+    loaded = Tokenizer.from_directory(save(byte_level(), tmp_path / "m", clean_up_tokenization_spaces=True))
+    assert loaded is not None
+    assert loaded.decode(loaded.encode("don 't . do")) == "don 't . do"
+
+
+def test_encode_adds_the_tokenizers_special_tokens_and_decode_drops_them(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the store")
+    assert ids[0] == 0 and tokenizer.special_ids == {0, 1}
+    assert tokenizer.decode([*ids, 1]) == "the store"
+
+
+def test_chat_follows_the_template(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_chat([{"role": "user", "content": "hello"}])
+    assert ids.count(0) == 2 and ids.count(1) == 1
+    assert tokenizer.decode(ids) == "user\nhelloassistant\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [([], "no messages"), ([{"role": "tool", "content": "x"}], "rejects these messages: unknown role tool")],
+)
+def test_chats_that_are_rejected(tokenizer: Tokenizer, messages: list[dict[str, str]], reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        tokenizer.encode_chat(messages)
+
+
+def test_chat_without_a_template(sentencepiece_like: Tokenizer, tokenizer: Tokenizer) -> None:
+    assert tokenizer.has_chat_template and not sentencepiece_like.has_chat_template
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        sentencepiece_like.encode_chat([{"role": "user", "content": "hello"}])
+
+
+def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nemotron_h"}')
+    assert Tokenizer.from_directory(tmp_path) is None
+
+
+@pytest.mark.parametrize("broken", ["", "{}", '{"model": 1}', "\0\0"])
+def test_a_damaged_tokenizer_is_named(directory: Path, tmp_path: Path, broken: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(broken)
+    (tmp_path / "tokenizer_config.json").write_text((directory / "tokenizer_config.json").read_text())
+    with pytest.raises(CheckpointError, match=rf"tokenizer in {tmp_path} cannot be loaded"):
+        Tokenizer.from_directory(tmp_path)
