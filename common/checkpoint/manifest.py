@@ -53,6 +53,8 @@ class Manifest:
             raw = json.loads(path.read_text())
             _check_version(path, raw)
             manifest = cls._from_raw(raw)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing, so this is no packed checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -77,7 +79,10 @@ class Manifest:
                 raise CheckpointError(f"{directory}: {complaint}")
 
     def damaged_files(self, directory: Path, progress: Callable[[int, int], None]) -> list[str]:
-        """Read everything again; one line for each file that is missing or differs from its checksum."""
+        """Read everything again; one line for each file that is missing or differs from its checksum.
+
+        `progress` gets bytes done and in all.
+        """
         total = sum(entry.bytes for entry in self.files.values())
         done = 0
 

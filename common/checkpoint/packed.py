@@ -4,12 +4,11 @@
 uint8 tensor `records` (experts, stride) whose data begin at a multiple of 4096, so that aligned reads put
 records straight into frames. `dense.safetensors` holds the dense weights under canonical names, and the
 codebooks, one a layer and projection. `packed.json` is the manifest. Everything is checked from headers and
-sizes at open; `verify` reads every byte.
+sizes at open; reading every byte again is `Manifest.damaged_files`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -89,10 +88,6 @@ class PackedCheckpoint:
             matrix.name: None if matrix.bits == RAW_BITS else self._dense.tensor(codebook_name(matrix))
             for matrix in self.layout.matrices
         }
-
-    def verify(self, progress: Callable[[int, int], None]) -> list[str]:
-        """Read every byte again; one line for each damaged file. `progress` gets bytes done and in all."""
-        return self.manifest.damaged_files(self.directory, progress)
 
     def _check_headers(self) -> None:
         shape = (self.config.n_routed_experts, self.layout.stride)

@@ -24,6 +24,7 @@ from common.checkpoint.partial import partial_directory
 from common.checkpoint.tensor_file import DATA_ALIGNMENT, ELEMENT_BYTES, TensorInfo, data, header
 from common.errors import CheckpointError, Exhausted
 from common.record import RecordLayout, record_layout
+from common.units import format_bytes
 
 Progress = Callable[[int, int], None]
 
@@ -121,7 +122,10 @@ def _check_room(source: HuggingFaceCheckpoint, layout: RecordLayout, destination
     needed = source.config.num_layers * layer + sum(info.size for info in source.dense_infos.values())
     free = shutil.disk_usage(destination.parent).free
     if free < needed:
-        raise Exhausted(f"cannot write {destination}: it takes {needed} bytes, and the disk has {free} free")
+        raise Exhausted(
+            f"cannot write {destination}: no room on the disk, where {format_bytes(free)} are free and "
+            f"{format_bytes(needed)} are needed"
+        )
 
 
 def _copy(path: Path, target: Path) -> FileEntry:

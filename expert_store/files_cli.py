@@ -1,0 +1,123 @@
+"""`expert-store pack | inspect | verify`: the commands that work on checkpoint files and start no process.
+
+Parses and prints; errors are raised for the main command line to show. Everything that needs PyTorch is
+imported inside the commands: help should not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from common.errors import ConfigError
+from common.units import format_bytes
+from expert_store.config import DEFAULT_BITS
+
+CheckpointDirectory = Annotated[
+    Path, typer.Argument(help="A checkpoint's directory.", metavar="DIR", exists=True, file_okay=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the store's command line."""
+    app.command("pack")(pack)
+    app.command("inspect")(inspect)
+    app.command("verify")(verify)
+
+
+def check_bits_option(bits: int) -> int:
+    """A number of bits that records cannot have is a usage error."""
+    from common.hlwq.planes import check_bits
+
+    try:
+        check_bits(bits)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    return bits
+
+
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(help="A Hugging Face directory, a Hugging Face id, or 'demo'.", metavar="SRC"),
+    ],
+    destination: Annotated[Path, typer.Argument(help="The directory to make.", metavar="DST")],
+    bits: Annotated[
+        int,
+        typer.Option(
+            help="Bits per weight of the routed experts: 2, 3, 4, 5, 6, 8, or 16 for bfloat16 as it is.",
+            callback=check_bits_option,
+        ),
+    ] = DEFAULT_BITS,
+) -> None:
+    """Pack SRC into DST, the form that experts are served in.
+
+    Routed experts are quantized (HLWQ, 5 bits by default: 3.1 times smaller
+    than bfloat16). All other weights, the tokenizer and the chat template are
+    copied. DST appears when it is complete and must not exist before.
+
+    `start` packs by itself what is not packed: this command is for keeping
+    or moving the result.
+
+    Example: expert-store pack ~/models/nemotron ~/models/nemotron-q5 --bits 5
+    """
+    from common.checkpoint import HuggingFaceCheckpoint, is_packed, packed_writer
+    from expert_store.models import locate_model
+    from expert_store.progress_bar import progress_bar
+
+    location = locate_model(source)
+    if is_packed(location.directory):
+        raise ConfigError(
+            f"{location.directory} is packed already; pack the checkpoint that it was made from"
+        )
+    checkpoint = HuggingFaceCheckpoint.open(location.directory)
+    with progress_bar(Console(stderr=True), f"packing {location.name} at {bits} bits") as progress:
+        packed = packed_writer.pack(checkpoint, destination, bits, bits, progress, location.name)
+    size = format_bytes(sum(entry.bytes for entry in packed.manifest.files.values()))
+    typer.echo(f"{destination}: {packed.num_experts} experts at {bits} bits, {size} in all")
+
+
+def inspect(
+    directory: CheckpointDirectory,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Show what a checkpoint is: architecture, parameters, bytes, bits, source.
+
+    Works for packed and unpacked checkpoints. Reads headers only, so it is
+    quick at any size.
+
+    Example: expert-store inspect ~/models/nemotron-q5
+    """
+    from expert_store.inspect import as_table, describe
+
+    description = describe(directory)
+    if as_json:
+        typer.echo(json.dumps(description))
+    else:
+        Console().print(as_table(description))
+
+
+def verify(directory: CheckpointDirectory) -> None:
+    """Compare every byte of a packed checkpoint with its checksums.
+
+    Ends with OK, or lists the damaged files and exits with status 1.
+
+    Example: expert-store verify ~/models/nemotron-q5
+    """
+    from common.checkpoint import PackedCheckpoint
+    from common.checkpoint.manifest import Manifest
+    from expert_store.progress_bar import progress_bar
+
+    manifest = Manifest.read(directory)
+    with progress_bar(Console(stderr=True), f"verifying {directory.name}") as progress:
+        damaged = manifest.damaged_files(directory, progress)
+    for line in damaged:
+        typer.echo(line)
+    if damaged:
+        raise typer.Exit(1)
+    PackedCheckpoint.open(directory)  # files as they were written may still not fit each other
+    typer.echo(f"OK: {len(manifest.files)} files, fingerprint {manifest.fingerprint[:16]}")

@@ -1,0 +1,105 @@
+"""What a checkpoint on disk is, in numbers: one dictionary for JSON, one table for people.
+
+Reads headers only. Works for every kind of checkpoint that `common.checkpoint` opens.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, open_checkpoint
+from common.checkpoint.manifest import VERSION
+from common.checkpoint.names import dense_shapes, expert_shapes
+from common.checkpoint.packed import DENSE, layer_file
+from common.model_config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
+from common.units import format_bytes
+
+_BLOCK_WORDS = {"mamba": MAMBA, "moe": MOE, "attention": ATTENTION, "mlp": MLP}
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """Everything worth knowing about a checkpoint; raises what opening it raises."""
+    checkpoint = open_checkpoint(directory)
+    storage = _packed(checkpoint) if isinstance(checkpoint, PackedCheckpoint) else _unpacked(checkpoint)
+    return {"directory": str(directory), **_architecture(checkpoint.config), **storage}
+
+
+def as_table(description: dict[str, Any]) -> Table:
+    """The description as rows of name and value."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in description.items():
+        if name in ("bytes", "record_stride") and value is not None:
+            parts = value if isinstance(value, dict) else {"": value}
+            text = ", ".join(f"{part} {format_bytes(count)}".strip() for part, count in parts.items())
+        elif isinstance(value, dict):
+            text = ", ".join(f"{part} {_plain(number)}" for part, number in value.items())
+        else:
+            text = _plain(value)
+        table.add_row(name.replace("_", " "), Text(text))  # paths may hold brackets, which are markup
+    return table
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    experts = config.num_layers * config.n_routed_experts
+    return {
+        "architecture": "NemotronHForCausalLM",
+        "blocks": {word: config.pattern.count(letter) for word, letter in _BLOCK_WORDS.items()},
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "layers": config.num_layers,
+        "experts_per_layer": config.n_routed_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "parameters": {
+            "routed": experts * sum(map(math.prod, expert_shapes(config))),
+            "dense": sum(map(math.prod, dense_shapes(config).values())),
+        },
+    }
+
+
+def _packed(checkpoint: PackedCheckpoint) -> dict[str, Any]:
+    manifest = checkpoint.manifest
+    routed = sum(manifest.files[layer_file(layer)].bytes for layer in range(manifest.layers))
+    return {
+        "kind": "packed",
+        "bytes": {"routed": routed, "dense": manifest.files[DENSE].bytes},
+        "bits": {"up_proj": manifest.up_bits, "down_proj": manifest.down_bits},
+        "record_stride": manifest.stride,
+        "codebook": manifest.codebook,
+        "format_version": VERSION,
+        "source": manifest.source["name"],
+        "fingerprint": checkpoint.fingerprint,
+        "synthetic": manifest.synthetic,
+    }
+
+
+def _unpacked(checkpoint: HuggingFaceCheckpoint) -> dict[str, Any]:
+    """The same keys, so that readers of the JSON need not ask for the kind first."""
+    dense = checkpoint.dense_infos.values()
+    return {
+        "kind": "huggingface",
+        "bytes": {"routed": checkpoint.routed_bytes, "dense": sum(info.size for info in dense)},
+        "bits": None,
+        "record_stride": None,
+        "codebook": None,
+        "format_version": None,
+        "source": None,
+        "fingerprint": None,
+        "synthetic": False,
+    }
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,92 @@
+"""`expert-store pack | inspect | verify` as a user types them: output, exit status, help."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from common.checkpoint import PackedCheckpoint
+from common.errors import CheckpointError, ConfigError
+from expert_store import files_cli
+
+app = typer.Typer()
+files_cli.register(app)
+
+
+def run(*words: str | Path, status: int = 0) -> str:
+    """Standard output of a command that must end with `status`; a ServingError is raised as it is."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result.stdout if status == 0 else result.output
+
+
+def test_pack_inspect_verify(pristine: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "packed"
+    assert "16 experts at 4 bits" in run("pack", pristine, destination, "--bits", "4")
+    assert PackedCheckpoint.open(destination).layout.up.bits == 4
+    assert "record stride" in run("inspect", destination)
+    lines = run("inspect", destination, "--json").splitlines()
+    assert len(lines) == 1 and json.loads(lines[0])["bits"] == {"up_proj": 4, "down_proj": 4}
+    assert run("verify", destination).splitlines()[-1].startswith("OK: 5 files")
+
+
+def test_packs_at_five_bits_by_default(pristine: Path, pristine_packed: Path, tmp_path: Path) -> None:
+    run("pack", pristine, tmp_path / "packed")
+    packed, expected = PackedCheckpoint.open(tmp_path / "packed"), PackedCheckpoint.open(pristine_packed)
+    assert packed.fingerprint == expected.fingerprint
+
+
+def test_verify_lists_damaged_files(pristine: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "packed"
+    run("pack", pristine, destination)
+    content = bytearray((destination / "experts-00000.safetensors").read_bytes())
+    content[-1] ^= 1
+    (destination / "experts-00000.safetensors").write_bytes(content)
+    os.truncate(destination / "dense.safetensors", 0)
+    output = run("verify", destination, status=1)
+    assert "experts-00000.safetensors differs from its checksum" in output
+    assert "dense.safetensors has 0 bytes" in output and "OK" not in output
+
+
+def test_verify_checks_that_the_files_fit_each_other(pristine_packed: Path, tmp_path: Path) -> None:
+    """Checksums may agree while the manifest speaks of another record layout."""
+    for path in pristine_packed.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((tmp_path / "packed.json").read_text()) | {"layout": "0" * 32}
+    (tmp_path / "packed.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="another layout"):
+        run("verify", tmp_path)
+
+
+def test_refuses_to_pack_twice(pristine_packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="packed already"):
+        run("pack", pristine_packed, tmp_path / "again")
+
+
+def test_refuses_to_verify_an_unpacked_checkpoint(pristine: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"packed\.json is missing"):
+        run("verify", pristine)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pack", ".", "x", "--bits", "7"],
+        ["pack", "."],
+        ["inspect", "/no/such/directory"],
+        ["verify"],
+        ["unpack"],
+    ],
+)
+def test_usage_errors_exit_with_2(words: list[str]) -> None:
+    run(*words, status=2)
+
+
+@pytest.mark.parametrize("command", ["pack", "inspect", "verify"])
+def test_help_shows_an_example(command: str) -> None:
+    assert f"Example: expert-store {command} " in run(command, "--help")
