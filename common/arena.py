@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from common.errors import Exhausted, Incompatible
-from common.record import ExpertKey
+from common.expert_key import ExpertKey
 from common.units import format_bytes
 
 SEGMENT_DIRECTORY = Path("/dev/shm")

@@ -33,7 +33,7 @@ class RpcServer:
     def __init__(self, address: Address, on_fatal: Callable[[BaseException], None]) -> None:
         self.address = address
         self.server = grpc.aio.server(interceptors=[_ErrorsToStatuses(on_fatal)], options=_OPTIONS)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in its stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
     async def start(self, service: str) -> None:

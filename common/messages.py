@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-from common.record import ExpertKey
+from common.expert_key import ExpertKey
 
 PROTOCOL_VERSION = 1
 MAX_KEYS = 4096

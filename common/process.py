@@ -1,7 +1,7 @@
 """The life of a process that both share: privacy, logging, the event loop, signals, and the exit status.
 
-A process runs one coroutine to its end. SIGINT and SIGTERM ask it to stop in good order through its
-`stop` callback; a second signal ends it at once.
+A process runs one service to its end. SIGINT and SIGTERM ask it to stop in good order; a second signal ends
+it at once.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 import uvloop
 from rich.console import Console
@@ -36,14 +36,25 @@ def configure_process() -> None:
     )
 
 
-def run_service(main: Coroutine[Any, Any, int], stop: Callable[[], None]) -> int:
-    """Run `main` on uvloop until it returns its exit status; `stop` is called on the loop by signals."""
+class Service(Protocol):
+    """A process's whole work: `run` until `stop` is called, or until it fails."""
+
+    async def run(self) -> int:
+        """Returns the exit status."""
+
+    def stop(self) -> None:
+        """Ask it to end in good order; called on the loop."""
+
+
+def run_service(make: Callable[[], Service]) -> int:
+    """Make a service on a new uvloop (gRPC binds what it makes to the running loop) and run it to its end."""
 
     async def supervised() -> int:
+        service = make()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, _stop_once, loop, number, stop)
-        return await main
+            loop.add_signal_handler(number, _stop_once, loop, number, service.stop)
+        return await service.run()
 
     return uvloop.run(supervised())
 

@@ -26,13 +26,6 @@ SECTION_ALIGNMENT = 128
 STRIDE_ALIGNMENT = 4096
 
 
-class ExpertKey(NamedTuple):
-    """Names a routed expert: its layer (MoE block, from 0) and its number in that layer."""
-
-    layer: int
-    expert: int
-
-
 class Section(NamedTuple):
     """A run of bytes inside a record."""
 

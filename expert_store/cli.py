@@ -67,8 +67,7 @@ def start(
     claim = AddressClaim(address)
     try:
         checkpoint = resolve_model(model, bits, console)
-        store = Store(config, checkpoint, claim)
-        status = run_service(store.run(console), store.stop)
+        status = run_service(lambda: Store(config, checkpoint, claim.data_path, console))
     finally:
         claim.release()
     raise typer.Exit(status)

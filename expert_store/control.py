@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -19,10 +19,10 @@ from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreServicer
 
 if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
     from expert_store.server import Store
 
 log = logging.getLogger(__name__)
-Context = grpc.aio.ServicerContext
 
 
 class ControlService(ExpertStoreServicer):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 
 from common.arena import Entry, OwnedArena, State
-from common.record import ExpertKey
+from common.expert_key import ExpertKey
 
 
 class FrameTable:

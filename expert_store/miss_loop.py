@@ -14,6 +14,7 @@ from pathlib import Path
 import zmq
 
 from common.arena import State
+from common.expert_key import ExpertKey
 from common.messages import (
     Done,
     Failed,
@@ -26,7 +27,6 @@ from common.messages import (
     pack_reply,
     peek_request_id,
 )
-from common.record import ExpertKey
 from expert_store.frames import FrameTable
 from expert_store.leases import LeaseTable
 from expert_store.staging import Stager
@@ -54,12 +54,13 @@ class MissLoop:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.bind(self.endpoint)
+        self._descriptor = int(self._socket.getsockopt(zmq.FD))
 
     def start(self) -> None:
-        asyncio.get_running_loop().add_reader(self._socket.getsockopt(zmq.FD), self._drain)
+        asyncio.get_running_loop().add_reader(self._descriptor, self._drain)
 
     def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._socket.getsockopt(zmq.FD))
+        asyncio.get_running_loop().remove_reader(self._descriptor)
         self._context.destroy(linger=0)
 
     def _drain(self) -> None:

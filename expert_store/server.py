@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +22,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from common.addresses import AddressClaim
 from common.arena import ArenaShape, OwnedArena
 from common.checkpoint.packed import PackedCheckpoint
 from common.grpc_server import RpcServer
@@ -28,11 +29,12 @@ from common.process import EXIT_INVARIANT
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import add_ExpertStoreServicer_to_server
 from common.units import format_bytes
-from expert_store.config import StoreConfig, choose_frames
+from expert_store.config import StoreConfig
 from expert_store.control import ControlService
 from expert_store.frames import FrameTable
 from expert_store.leases import LeaseTable
 from expert_store.miss_loop import MissLoop
+from expert_store.sizing import choose_frames
 from expert_store.staging import Stager
 
 log = logging.getLogger(__name__)
@@ -42,31 +44,39 @@ _STOP_GRACE = 1.0
 class Store:
     """Owns everything of one running store."""
 
-    def __init__(self, config: StoreConfig, checkpoint: PackedCheckpoint, claim: AddressClaim) -> None:
+    def __init__(
+        self, config: StoreConfig, checkpoint: PackedCheckpoint, data_path: Path, console: Console
+    ) -> None:
+        """To be made on the running loop; `data_path` is where the data plane's socket goes."""
         model, stride = checkpoint.config, checkpoint.layout.stride
         self.config, self.checkpoint = config, checkpoint
         self.started = time.monotonic()
         self.exit_status = 0
         self._stopping = asyncio.Event()
+        self._console = console
         experts = model.num_layers * model.n_routed_experts
         budget = choose_frames(config.ram, stride, experts)
         log.info("arena: %d frames of %s; %s", budget.frames, format_bytes(stride), budget.reason)
         self.all_fit = budget.frames == experts
-        layout = checkpoint.layout
-        self.arena = OwnedArena(
-            ArenaShape(layout.digest, model.num_layers, model.n_routed_experts, budget.frames, stride)
-        )
-        self.frames = FrameTable(self.arena)
-        self.stager = Stager(checkpoint, self.frames)
-        self.leases = LeaseTable(config.lease_ttl, ended=self._lease_ended)
-        self.misses = MissLoop(claim.data_path, self.frames, self.leases, self.stager)
-        self.rpc = RpcServer(config.listen, on_fatal=self._fatal)
+        digest = checkpoint.layout.digest
+        shape = ArenaShape(digest, model.num_layers, model.n_routed_experts, budget.frames, stride)
+        with ExitStack() as resources:
+            self.arena = OwnedArena(shape)
+            resources.callback(self.arena.close)
+            self.frames = FrameTable(self.arena)
+            self.stager = Stager(checkpoint, self.frames)
+            resources.callback(self.stager.close)
+            self.leases = LeaseTable(config.lease_ttl, ended=self._lease_ended)
+            self.misses = MissLoop(data_path, self.frames, self.leases, self.stager)
+            resources.callback(self.misses.close)
+            self.rpc = RpcServer(config.listen, on_fatal=self._fatal)
+            self._resources = resources.pop_all()  # the last acquired is the first to be closed
 
     def stop(self) -> None:
         """Ask the process to end in good order."""
         self._stopping.set()
 
-    async def run(self, console: Console) -> int:
+    async def run(self) -> int:
         """Serve until stopped; returns the exit status."""
         add_ExpertStoreServicer_to_server(ControlService(self), self.rpc.server)
         tasks = []
@@ -75,20 +85,15 @@ class Store:
             self.misses.start()
             await self.rpc.set_serving(True)
             log.info("ready on %s", self.config.listen)
-            tasks = [asyncio.create_task(self._preload(console)), asyncio.create_task(self._expire_leases())]
+            tasks = [asyncio.create_task(self._preload()), asyncio.create_task(self._expire_leases())]
             await self._stopping.wait()
             log.info("stopping")
         finally:
             for task in tasks:
                 task.cancel()
             await self.rpc.stop(_STOP_GRACE)
-            self._close()
+            self._resources.close()
         return self.exit_status
-
-    def _close(self) -> None:
-        self.misses.close()
-        self.stager.close()
-        self.arena.close()
 
     def _fatal(self, error: BaseException) -> None:
         self.exit_status = EXIT_INVARIANT
@@ -104,13 +109,13 @@ class Store:
             for lease in self.leases.expire():
                 log.warning("worker %s (pid %d) is gone; its lease has ended", lease.worker, lease.pid)
 
-    async def _preload(self, console: Console) -> None:
+    async def _preload(self) -> None:
         """Fill the arena, with a progress bar where there is a terminal."""
         done = self.stager.preload()
         total = self.arena.shape.frames * self.arena.shape.stride
         columns = (TextColumn("loading experts"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+            *columns, TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal
         ) as bar:
             task = bar.add_task("", total=total)
             while not done.done():

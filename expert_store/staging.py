@@ -14,11 +14,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 from common.checkpoint.packed import PackedCheckpoint
 from common.errors import CheckpointError
-from common.record import ExpertKey
+from common.expert_key import ExpertKey
 from expert_store.frames import FrameTable
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Stager:
         self._files = [
             _open(*checkpoint.records_file(layer)) for layer in range(checkpoint.config.num_layers)
         ]
-        self._buffer = memoryview(frames.arena.frames.numpy()).cast("B")
+        self._buffer = memoryview(frames.arena.frames.numpy().data).cast("B")
         self._demands: OrderedDict[ExpertKey, list[OnStaged]] = OrderedDict()
         self._hints: deque[ExpertKey] = deque(maxlen=_MAX_HINTS)
         self._preload: Iterator[ExpertKey] = iter(())
@@ -112,7 +113,7 @@ class Stager:
                 return
             self._reading += 1
             future = asyncio.get_running_loop().run_in_executor(self._pool, self._read, run)
-            future.add_done_callback(lambda done, run=run: self._finish(run, done))
+            future.add_done_callback(partial(self._finish, run))
 
     def close(self) -> None:
         """Wait for the reads in flight and close the files."""

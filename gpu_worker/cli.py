@@ -78,8 +78,7 @@ def start(
     )
     claim = AddressClaim(config.listen)
     try:
-        worker = Worker(config, name=f"{socket.gethostname()}-{os.getpid()}")
-        status = run_service(worker.run(), worker.stop)
+        status = run_service(lambda: Worker(config, name=f"{socket.gethostname()}-{os.getpid()}"))
     finally:
         claim.release()
     raise typer.Exit(status)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -63,12 +63,14 @@ class WorkerClient:
 
     def score(self, text: str | Sequence[int], window: int = 0, stride: int = 0) -> Iterator[pb.ScoreEvent]:
         """Stream the log-probabilities of a text or of token ids; 0 means the worker's default."""
-        given = {"text": text} if isinstance(text, str) else {"token_ids": pb.TokenIds(ids=text)}
+        given: dict[str, Any] = (
+            {"text": text} if isinstance(text, str) else {"token_ids": pb.TokenIds(ids=text)}
+        )
         request = pb.ScoreRequest(
             protocol_version=PROTOCOL_VERSION,
             window=window,
             stride=stride,
-            **given,  # type: ignore[arg-type]
+            **given,
         )
         return self._stream(self._stub.Score(request))
 
@@ -112,5 +114,6 @@ def _prompt_field(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"text": prompt}
     if prompt and isinstance(prompt[0], dict):
-        return {"chat": pb.Chat(messages=[pb.ChatMessage(**message) for message in prompt])}  # type: ignore[arg-type]
-    return {"token_ids": pb.TokenIds(ids=prompt)}  # type: ignore[arg-type]
+        messages = cast(Sequence[dict[str, str]], prompt)
+        return {"chat": pb.Chat(messages=[pb.ChatMessage(**message) for message in messages])}
+    return {"token_ids": pb.TokenIds(ids=cast(Sequence[int], prompt))}

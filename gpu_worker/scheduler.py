@@ -31,7 +31,7 @@ class _Entry:
 class Scheduler:
     """Owns the engine's thread and the queue before it."""
 
-    def __init__(self, engine: Engine, on_fatal: Callable[[BaseException], None]) -> None:
+    def __init__(self, engine: Engine, on_fatal: Callable[[BaseException], object]) -> None:
         self.failed = 0
         self._engine, self._on_fatal = engine, on_fatal
         self._waiting: deque[_Entry] = deque()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 
 from common.grpc_server import RpcServer
 from common.process import EXIT_INVARIANT
@@ -67,7 +68,7 @@ class Worker:
         self._model = await asyncio.to_thread(load_model, self.config, attachment, self.link)
         loop = asyncio.get_running_loop()
         self._scheduler = Scheduler(
-            self._model.engine, on_fatal=lambda error: loop.call_soon_threadsafe(self._fatal, error)
+            self._model.engine, on_fatal=lambda error: loop.call_soon_threadsafe(partial(self._fatal, error))
         )
         self._scheduler.start()
         service = GenerationService(self, self._model, self._scheduler)

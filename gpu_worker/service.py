@@ -21,11 +21,10 @@ from gpu_worker.jobs import Generation, Job, Scoring, check_tokens
 from gpu_worker.protocol import cache_message, check_version, prompt_tokens, sampling_params
 
 if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
     from gpu_worker.loading import ServedModel
     from gpu_worker.scheduler import Scheduler
     from gpu_worker.server import Worker
-
-Context = grpc.aio.ServicerContext
 
 
 @dataclass

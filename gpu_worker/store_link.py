@@ -99,7 +99,7 @@ class StoreLink:
                 )
             except grpc.RpcError as error:
                 log.debug("detach failed: %s", error)
-        await self._channel.close()
+        await self._channel.close(grace=None)
 
     def wait_attached(self, timeout: float) -> Attachment:
         """In the engine's thread: the attachment, waiting for a lost store to return; else Unavailable."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from common.checkpoint.names import Shape, canonical, dense_shapes, expert_names, expert_shapes, stacked_names
 from common.checkpoint.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
 from common.errors import CheckpointError
+from common.expert_key import ExpertKey
 from common.model_config import ModelConfig
-from common.record import ExpertKey
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What travels with the weights: the shape of the model, its tokenizer and how to prompt it.

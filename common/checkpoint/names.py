@@ -6,8 +6,8 @@ project uses them. This is the one place that knows them; where a tensor lies on
 
 from __future__ import annotations
 
+from common.expert_key import ExpertKey
 from common.model_config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
-from common.record import ExpertKey
 
 Shape = tuple[int, ...]
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from common.checkpoint.huggingface import HuggingFaceCheckpoint
 from common.checkpoint.names import expert_names
 from common.errors import CheckpointError
+from common.expert_key import ExpertKey
 from common.hlwq.codebook import converged_codebook
 from common.hlwq.planes import RAW_BITS
 from common.hlwq.quantize import pack_matrix
-from common.record import ExpertKey, RecordLayout
+from common.record import RecordLayout
 
 
 def codebook(bits: int) -> Tensor | None:

@@ -21,7 +21,9 @@ from gpu_worker.model.weights import MoEWeights, RouterWeights
 class RoutedExperts(Protocol):
     """All routed experts of the model, wherever they are."""
 
-    wants_hints: bool
+    @property
+    def wants_hints(self) -> bool:
+        """Whether `hint` should be called now."""
 
     def compute(self, layer: int, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """Sum over ranks, in rank order, of weights[:, rank] * expert choices[:, rank] of x; in x.dtype.

@@ -44,6 +44,10 @@ class StatePools:
         self.keys, self.values = (_zeros(kv_shape, dtype, device) for _ in range(2))
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(pool.nbytes for pool in (self.conv, self.ssm, self.keys, self.values))
+
     def reset(self, sequence: int) -> None:
         """Make this place as new. Clears what was used and no more: untouched pages stay untouched."""
         used = int(self.lengths[sequence])

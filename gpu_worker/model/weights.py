@@ -8,7 +8,7 @@ nothing later has to. Not done here: reading files, renaming, routed experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class ModelWeights:
     blocks: tuple[BlockWeights, ...]
     norm_f: Tensor  # (hidden,)
     lm_head: Tensor  # (vocab, hidden)
+    nbytes: int  # of all of them together
 
 
 def build_weights(
@@ -86,9 +87,10 @@ def build_weights(
         blocks=tuple(_block(source, config, index) for index in range(len(config.pattern))),
         norm_f=source.take("backbone.norm_f.weight", hidden),
         lm_head=source.take("lm_head.weight", config.vocab_size, hidden),
+        nbytes=0,
     )
     source.check_all_taken()
-    return weights
+    return replace(weights, nbytes=source.nbytes)
 
 
 class _Source:
@@ -97,6 +99,7 @@ class _Source:
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
         self.tensors, self.dtype, self.device = tensors, dtype, device
         self.taken: set[str] = set()
+        self.nbytes = 0
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self.tensors:
@@ -105,7 +108,9 @@ class _Source:
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"tensor {name!r} has shape {tuple(tensor.shape)}, its config says {shape}")
         self.taken.add(name)
-        return tensor.to(self.device, dtype or self.dtype)
+        placed = tensor.to(self.device, dtype or self.dtype)
+        self.nbytes += placed.nbytes
+        return placed
 
     def check_all_taken(self) -> None:
         """A backbone tensor that nobody asked for means another architecture: outputs would be wrong."""

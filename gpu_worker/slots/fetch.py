@@ -15,8 +15,8 @@ import zmq
 from torch import Tensor
 
 from common.errors import CheckpointError, Exhausted, Unavailable
+from common.expert_key import ExpertKey
 from common.messages import Done, Failed, Fault, Kind, Staged, request, unpack_reply
-from common.record import ExpertKey
 from gpu_worker.store_link import Attachment, StoreLink
 
 Wanted = tuple[ExpertKey, Tensor]
@@ -51,6 +51,7 @@ class Fetcher:
         Raises Unavailable when the store is gone and does not come back in time, CheckpointError when it
         cannot read a record, Exhausted when it has no frame for one.
         """
+        assert self._link.last_attachment is not None, "fetching before the first attachment"
         arena = self._link.last_attachment.arena
         absent = {key: slot for key, slot in wanted if not arena.read(key, slot)}
         staged = set(absent)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.record import ExpertKey
+from common.expert_key import ExpertKey
 from gpu_worker.slots.fetch import Fetcher
 
 # With `auto`: judged over this many hints; switched off below this useful share, and tried again after a

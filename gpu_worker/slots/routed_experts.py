@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from common.record import ExpertKey, RecordLayout
+from common.expert_key import ExpertKey
+from common.record import RecordLayout
 from gpu_worker.kernels.expert_mlp import expert_mlp
 from gpu_worker.slots.cache import LayerSlots
 from gpu_worker.slots.fetch import Fetcher

@@ -24,7 +24,7 @@ from common.arena import (
     reclaim_dead_segments,
 )
 from common.errors import Exhausted, Incompatible
-from common.record import ExpertKey
+from common.expert_key import ExpertKey
 
 DIGEST = "0123456789abcdef" * 2
 SHAPE = ArenaShape(DIGEST, layers=2, experts=3, frames=4, stride=4096)
@@ -104,7 +104,7 @@ def test_the_segment_is_private_and_removed() -> None:
     assert mapped.is_ready(KEY)  # the mapping outlives the store
 
 
-def test_segments_of_a_killed_store_are_reclaimed_and_those_of_a_living_one_are_not(owned: OwnedArena) -> None:
+def test_segments_of_a_killed_store_are_reclaimed_but_no_living_ones(owned: OwnedArena) -> None:
     hang = f"print(OwnedArena(ArenaShape{tuple(SHAPE)}).path, flush=True); import signal; signal.pause()"
     with child(hang) as process:
         assert process.stdout is not None

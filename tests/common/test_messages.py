@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.expert_key import ExpertKey
 from common.messages import (
     MAX_KEYS,
     Done,
@@ -18,7 +19,6 @@ from common.messages import (
     peek_request_id,
     unpack_reply,
 )
-from common.record import ExpertKey
 
 U64 = st.integers(0, (1 << 64) - 1)
 U32 = st.integers(0, (1 << 32) - 1)

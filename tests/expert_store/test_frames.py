@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from common.arena import ArenaShape, OwnedArena, State
-from common.record import ExpertKey
+from common.expert_key import ExpertKey
 from expert_store.frames import FrameTable
 
 SHAPE = ArenaShape("0" * 32, layers=2, experts=5, frames=3, stride=4096)

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.checkpoint import HuggingFaceCheckpoint
 from common.checkpoint.names import dense_shapes
 from common.errors import CheckpointError, ConfigError
-from common.record import ExpertKey
+from common.expert_key import ExpertKey
 from tests.helpers.models import edited_json, edited_tensors, random_model, tiny_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -13,9 +13,9 @@ from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, is_packed
 from common.checkpoint.checksum import FileEntry, checksum
 from common.checkpoint.manifest import MANIFEST, Manifest
 from common.errors import CheckpointError, ConfigError
+from common.expert_key import ExpertKey
 from common.hlwq.codebook import converged_codebook
 from common.hlwq.quantize import pack_matrix
-from common.record import ExpertKey
 from tests.helpers.models import edited_json, edited_tensors, pack_model, random_model
 
 DENSE, EXPERTS = "dense.safetensors", "experts-00001.safetensors"

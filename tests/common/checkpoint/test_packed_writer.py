@@ -15,7 +15,8 @@ from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint
 from common.checkpoint.packed_writer import pack
 from common.checkpoint.packing import packed_records
 from common.errors import CheckpointError, ConfigError, Exhausted
-from common.record import ExpertKey, record_layout
+from common.expert_key import ExpertKey
+from common.record import record_layout
 from tests.helpers.models import edited_tensors, pack_model
 
 DOWN_6 = "backbone.layers.3.mixer.experts.6.down_proj.weight"
