@@ -4,12 +4,13 @@ Source: Dao and Gu 2024, "Transformers are SSMs" (arXiv:2405.21060). Per head, w
 
     state_t = a_t state_{t-1} + dt_t x_t B_t^T          y_t = state_t C_t + D x_t
 
-Shapes: b sequences, t tokens, h heads of p channels, g groups of r = h/g heads that share B and C, n state entries.
-Everything is computed in float32 whatever comes in; y leaves in x's dtype. All three functions are differentiable.
+Shapes: b sequences, t tokens, h heads of p channels, g groups of r = h/g heads that share B and C, n state
+entries. Everything is computed in float32 whatever comes in; y leaves in x's dtype. All three functions are
+differentiable.
 
-Not done here: projections, the convolution, softplus and clamping of dt, gating. Autocast must be off around these
-calls, since it would lower the matmuls to its own dtype. `ssd_chunk_scan` holds a few tensors of (b, h, t, chunk_size)
-float32, so callers bound t by feeding a long prompt in pieces through `initial_state`.
+Not done here: projections, the convolution, softplus and clamping of dt, gating. Autocast must be off around
+these calls, since it would lower the matmuls to its own dtype. `ssd_chunk_scan` holds a few tensors of (b, h,
+t, chunk_size) float32, so callers bound t by feeding a long prompt in pieces through `initial_state`.
 """
 
 import torch
@@ -38,8 +39,8 @@ def ssd_chunk_scan(
     xf = _chunked(x, pad, chunk_size)
     B, C = (_chunked(m, pad, chunk_size).transpose(2, 3) for m in (B, C))  # (b,c,g,l,n)
     dt = _chunked(dt, pad, chunk_size)
-    # float64 for the running sum alone (b,t,h): decays are exp of differences of it, and where one huge dt precedes
-    # small ones a float32 sum would have lost the digits that those differences are made of.
+    # float64 for the running sum alone (b,t,h): decays are exp of differences of it, and where one huge dt
+    # precedes small ones a float32 sum would have lost the digits that those differences are made of.
     log_decay = (dt.double() * A.double()).cumsum(2).transpose(2, 3)  # (b,c,h,l)
     within = _decay_between(log_decay).unflatten(2, (g, -1))  # (b,c,g,r,l,s)
     from_start = log_decay.float().exp()
@@ -63,7 +64,7 @@ def ssd_chunk_scan(
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: x (b,h,p), dt (b,h), B and C (b,g,n), state (b,h,p,n) float32. Returns y (b,h,p) and a new state."""
+    """One token: x (b,h,p), dt (b,h), B and C (b,g,n), state (b,h,p,n) float32. Returns y and a new state."""
     g, n = B.shape[1:]
     b, h, p = x.shape
     xf, dt = x.float(), dt.float()
@@ -85,7 +86,7 @@ def ssd_sequential(
     chunk_size: int,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain twin of `ssd_chunk_scan`: one `ssd_step` a token. `chunk_size` is there for the signature alone."""
+    """Plain twin of `ssd_chunk_scan`: one `ssd_step` a token. `chunk_size` only completes the signature."""
     b, t, h, p = x.shape
     state = x.new_zeros(b, h, p, B.shape[-1], dtype=torch.float32) if initial_state is None else initial_state
     outputs = []
@@ -104,8 +105,8 @@ def _chunked(m: Tensor, pad: int, chunk_size: int) -> Tensor:
 def _decay_between(log_decay: Tensor) -> Tensor:
     """(..., l) running log decay to (..., l, s): exp(log_l - log_s) for s <= l, 0 above the diagonal.
 
-    The mask goes in before exp. Above the diagonal the difference is positive and may overflow to inf, and a mask
-    multiplied in afterwards would give inf * 0 = NaN in forward and backward alike.
+    The mask goes in before exp. Above the diagonal the difference is positive and may overflow to inf, and a
+    mask multiplied in afterwards would give inf * 0 = NaN in forward and backward alike.
     """
     length = log_decay.shape[-1]
     above = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).triu(1)
@@ -114,7 +115,7 @@ def _decay_between(log_decay: Tensor) -> Tensor:
 
 
 def _carry(added: Tensor, decay: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """added (b,c,h,p,n), decay over each chunk (b,c,h): the state before each chunk (b,c,h,p,n), and the last."""
+    """added (b,c,h,p,n), decay of whole chunks (b,c,h): state before each chunk (b,c,h,p,n), and the last."""
     state = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state.float()
     starts = []
     for i in range(added.shape[1]):

@@ -1,6 +1,7 @@
-"""The chunk scan against its sequential twin: values, carried state, odd lengths, gradients, and extreme decays.
+"""The chunk scan against its sequential twin: values, carried state, odd lengths, gradients, extreme decays.
 
-Tolerances are relative to the largest entry of the compared tensor, since single outputs may cancel to nearly zero.
+Tolerances are relative to the largest entry of the compared tensor, since single outputs may cancel to nearly
+zero.
 """
 
 import pytest
@@ -80,7 +81,7 @@ def gradients(scan, inputs, state, chunk):
 
 @pytest.mark.parametrize("dt_scale", [0.3, 60.0])
 def test_gradients_are_finite_and_equal_the_twins(dt_scale):
-    """dt_scale 60 makes the masked exponents overflow: a mask after exp would turn every gradient into NaN."""
+    """dt_scale 60 makes the masked exponents overflow: a mask after exp would give NaN gradients."""
     b, t, h, p, g, n, chunk = 2, 41, 4, 6, 2, 5, 16
     inputs, state = random_inputs(b, t, h, p, g, n, dt_scale=dt_scale), random_state(b, h, p, n)
     got = gradients(ssd_chunk_scan, inputs, state, chunk)
@@ -91,7 +92,7 @@ def test_gradients_are_finite_and_equal_the_twins(dt_scale):
 
 
 def test_small_decays_after_a_huge_one_keep_their_digits():
-    """A float32 running sum of dt * A is too coarse here: its differences would be off in the fourth digit."""
+    """A float32 running sum of dt * A is too coarse here: its differences are off in the fourth digit."""
     x, dt, A, B, C, D = random_inputs(1, 64, 2, 8, 1, 8, dt_scale=0.01)
     dt[:, 3] = 5000.0
     y, final = ssd_chunk_scan(x, dt, A, B, C, D, 64)
