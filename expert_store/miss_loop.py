@@ -110,14 +110,14 @@ class MissLoop:
             assert timer is not None
             timer.cancel()
             if error is not None:
-                self._reply(peer, Failed(request.request_id, Fault.UNREADABLE, f"{key}: {error}"))
+                self._reply_unasked(peer, Failed(request.request_id, Fault.UNREADABLE, f"{key}: {error}"))
             else:
-                self._reply(peer, self._pin(request))
+                self._reply_unasked(peer, self._pin(request))
 
         def on_timeout() -> None:
             self._stager.withdraw(key, on_staged)
             text = f"{key}: no frame came free within {STAGE_TIMEOUT:.0f} s; the store needs a larger --ram"
-            self._reply(peer, Failed(request.request_id, Fault.BUSY, text))
+            self._reply_unasked(peer, Failed(request.request_id, Fault.BUSY, text))
 
         timer = asyncio.get_running_loop().call_later(STAGE_TIMEOUT, on_timeout)
         self._stager.demand(key, on_staged)
@@ -141,6 +141,12 @@ class MissLoop:
         self.counters.hints += len(request.keys)
         for key in request.keys:
             self._stager.hint(ExpertKey(*key))
+
+    def _reply_unasked(self, peer: bytes, reply: Reply) -> None:
+        """Reply outside of `_drain`. A send may take in what has arrived and with it the descriptor's edge,
+        so what has arrived must then be looked for, or it would wait for the next message."""
+        self._reply(peer, reply)
+        asyncio.get_running_loop().call_soon(self._drain)
 
     def _reply(self, peer: bytes, reply: Reply) -> None:
         try:

@@ -64,7 +64,7 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     experts = _slot_experts(config, checkpoint, weights, pools, fetcher)
     log.info("on %s in %s; dense weights %s", device, dtype, format_bytes(weights.nbytes))
     return ServedModel(
-        name=checkpoint.manifest.source.get("model", checkpoint.directory.name),
+        name=checkpoint.manifest.source["name"],
         fingerprint=checkpoint.fingerprint,
         config=model,
         device=device,

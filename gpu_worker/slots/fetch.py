@@ -35,7 +35,7 @@ class Fetcher:
 
     def __init__(self, link: StoreLink) -> None:
         self._link = link
-        self._context = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None  # made at the first absent expert
         self._socket: zmq.Socket[bytes] | None = None
         self._attachment: Attachment | None = None
         self._ids = itertools.count(1)
@@ -77,7 +77,8 @@ class Fetcher:
         return absent
 
     def close(self) -> None:
-        self._context.destroy(linger=0)
+        if self._context is not None:
+            self._context.destroy(linger=0)
 
     def _stage(self, attachment: Attachment, absent: dict[ExpertKey, Tensor], deadline: float) -> None:
         """Ask for all of `absent` at once; copy each record as it comes and take it out of the dict."""
@@ -123,6 +124,7 @@ class Fetcher:
         if self._socket is None or self._attachment is not attachment:
             if self._socket is not None:
                 self._socket.close(linger=0)
+            self._context = self._context or zmq.Context()
             self._socket = self._context.socket(zmq.DEALER)
             self._socket.linger = 0
             self._socket.connect(attachment.data_endpoint)

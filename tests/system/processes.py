@@ -1,0 +1,125 @@
+"""Real processes for tests: started by their console scripts, awaited by their health service, not by sleep.
+
+Each pair lives in a runtime directory of its own, so nothing is shared between tests but the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.addresses import Address
+from common.errors import Unavailable
+from common.grpc_client import wait_until_serving
+from gpu_worker.client import Generated, WorkerClient
+
+SCRIPTS = Path(sys.executable).parent
+READY = 60.0  # seconds; generous, since the machine may be busy
+
+
+class Process:
+    """One console script in the background, its stderr kept for the failure report."""
+
+    def __init__(self, runtime: Path, *command: str) -> None:
+        self.log = runtime / f"{command[0]}-{time.monotonic_ns()}.log"
+        environment = os.environ | {"EXPERT_SERVING_RUNTIME_DIR": str(runtime)}
+        with self.log.open("w") as log:
+            self.popen = subprocess.Popen(
+                [str(SCRIPTS / command[0]), *command[1:]], stderr=log, stdout=log, env=environment
+            )
+
+    def wait_ready(self, address: Address) -> None:
+        try:
+            wait_until_serving(address, READY)
+        except Unavailable as error:
+            raise AssertionError(f"{error}\n{self.log.read_text()}") from None
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.popen.kill()
+        self.popen.wait(READY)
+
+    def signal(self, number: int) -> None:
+        self.popen.send_signal(number)
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.popen.send_signal(signal.SIGTERM)
+        return self.popen.wait(READY)
+
+
+class Pair:
+    """A store and a worker; either can be killed and started again."""
+
+    def __init__(self, runtime: Path, model: Path | str) -> None:
+        self.runtime, self.model = runtime, str(model)
+        self.store_address = Address.parse(f"unix:{runtime}/store.sock")
+        self.worker_address = Address.parse(f"unix:{runtime}/worker.sock")
+        self.processes: list[Process] = []
+
+    def start_store(self, *options: str) -> Process:
+        self.store = self._start(self.store_address, "expert-store", "start", self.model, *options)
+        return self.store
+
+    def start_worker(self, *options: str) -> Process:
+        self.worker = self._start(self.worker_address, "gpu-worker", "start", "--device", "cpu", *options)
+        return self.worker
+
+    def generate(self, tokens: Sequence[int], count: int, **sampling: Any) -> Generated:
+        result = Generated()
+        with WorkerClient(self.worker_address) as client:
+            for event in client.generate(list(tokens), max_new_tokens=count, ignore_eos=True, **sampling):
+                result.add(event)
+        return result
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command of the user's, to its end."""
+        environment = os.environ | {"EXPERT_SERVING_RUNTIME_DIR": str(self.runtime)}
+        done = subprocess.run(
+            [str(SCRIPTS / command[0]), *command[1:]],
+            capture_output=True, text=True, env=environment, timeout=READY, check=False,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        return done
+
+    def json(self, *command: str) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self.run(*command).stdout)
+        return value
+
+    def _start(self, address: Address, *command: str) -> Process:
+        process = Process(self.runtime, *command)
+        self.processes.append(process)
+        process.wait_ready(address)
+        return process
+
+
+@contextmanager
+def pair_of_processes(runtime: Path, model: Path | str) -> Iterator[Pair]:
+    """A pair with nothing started yet; whatever was started is stopped at the end, whatever happens."""
+    runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+    runtime.chmod(0o700)
+    pair = Pair(runtime, model)
+    try:
+        yield pair
+    finally:
+        for process in reversed(pair.processes):
+            if process.popen.poll() is None:
+                process.popen.send_signal(signal.SIGCONT)
+                process.stop()
+
+
+def eventually(condition: Callable[[], bool], within: float, what: str) -> float:
+    """Poll until `condition()`; returns the seconds it took, fails naming `what` after `within`."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < within, f"{what} did not happen within {within:g} s"
+        time.sleep(0.02)
+    return time.monotonic() - started
