@@ -104,14 +104,8 @@ class Sampler:
         return penalise(scores, self._seen, self.params.repetition_penalty)
 
     def _draw(self, scores: Tensor) -> int:
-        """One uniform number a token, put through the inverse of the cumulative distribution."""
-        cumulative = warp(scores, self.params).softmax(-1).cumsum(-1)
-        total = float(cumulative[-1])
         uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
-        # Strictly below the total, lest rounding lands behind the last token; `right`, so that a token of
-        # probability 0, whose step has no width, is never met.
-        target = min(uniform * total, math.nextafter(total, 0.0))
-        return int(torch.searchsorted(cumulative, target, right=True))
+        return pick(warp(scores, self.params).softmax(-1), uniform)
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -135,3 +129,11 @@ def warp(scores: Tensor, params: SamplingParams) -> Tensor:
         probabilities = scores.softmax(-1)
         scores = scores.masked_fill(probabilities < params.min_p * probabilities.max(), -torch.inf)
     return scores
+
+
+def pick(probabilities: Tensor, uniform: float) -> int:
+    """The token at which the cumulative distribution passes `uniform` in [0, 1 - 2^-53], in float64."""
+    cumulative = probabilities.cumsum(-1)
+    # Times the sum as rounded, which no such `uniform` reaches, lest the target lie behind the last token;
+    # `right`, so that a token of probability 0, whose step has no width, is never met.
+    return int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from common.errors import InvalidRequest
-from gpu_worker.sampling import Sampler, SamplingParams, penalise, warp
+from gpu_worker.sampling import Sampler, SamplingParams, penalise, pick, warp
 
 
 def random_logits(seed: int, vocab: int = 300) -> Tensor:
@@ -88,6 +88,18 @@ def test_draws_follow_the_distribution() -> None:
     assert (counts / 4000 - expected).abs().max() < 0.03
 
 
+def test_tokens_of_probability_zero_are_never_picked() -> None:
+    probabilities = torch.tensor([0, 0.25, 0, 0.75, 0], dtype=torch.float64)
+    uniforms = [0.0, 0.2, 0.25, 0.9, math.nextafter(1.0, 0.0)]
+    assert [pick(probabilities, uniform) for uniform in uniforms] == [1, 1, 3, 3, 3]
+    assert pick(probabilities * 0.9, math.nextafter(1.0, 0.0)) == 3  # as when rounding leaves the sum off 1
+
+
+def test_a_vanishing_top_p_keeps_one_token() -> None:
+    kept = warp(torch.zeros(4, dtype=torch.float64), SamplingParams(temperature=1, top_p=1e-300))
+    assert kept.isfinite().sum() == 1
+
+
 def test_a_seed_reproduces_whatever_other_sequences_do() -> None:
     params = SamplingParams(temperature=1.0, seed=(1 << 64) - 1)
     alone, beside, other = (
@@ -116,7 +128,7 @@ def test_chosen_tokens_are_penalised_like_the_prompts() -> None:
     assert [sampler.choose(logits).token for _ in range(4)] == [1, 2, 0, 0]
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-12, 1e300])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-12, 1e300])
 def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     choice = Sampler(SamplingParams(temperature=temperature, top_p=0.9, seed=1), [0]).choose(random_logits(2))
     if temperature < 1:

@@ -120,8 +120,19 @@ def test_an_unfinished_character_comes_with_the_flush(tokenizer: Tokenizer) -> N
     assert pieces(tokenizer, ids)[-2:] == ["", "\ufffd"]
 
 
+def test_a_long_run_of_special_tokens_costs_nothing(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were they kept until text follows, every step would decode the whole run again."""
+    stream = tokenizer.stream()
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: pytest.fail("decoded special tokens"))
+    assert {stream.push(1) for _ in range(100)} == {""}
+
+
 def test_space_cleaning_configured_in_the_checkpoint_is_off(tmp_path: Path) -> None:
-    loaded = Tokenizer.from_directory(save(byte_level(), tmp_path / "m", clean_up_tokenization_spaces=True))
+    forced = {"clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}
+    config = {"clean_up_tokenization_spaces": True} | forced
+    loaded = Tokenizer.from_directory(save(byte_level(), tmp_path / "m", **config))
     assert loaded is not None
     assert loaded.decode(loaded.encode("don 't . do")) == "don 't . do"
 
