@@ -53,9 +53,7 @@ def packed_records(source: HuggingFaceCheckpoint, layout: RecordLayout) -> Gener
 
 
 def _record(source: HuggingFaceCheckpoint, layout: RecordLayout, key: ExpertKey) -> Tensor:
-    record = torch.zeros(
-        layout.stride, dtype=torch.uint8
-    )  # gaps between sections are zero: always the same bytes
+    record = torch.zeros(layout.stride, dtype=torch.uint8)  # zero between sections, so always the same bytes
     parts = zip(layout.matrices, source.expert(key), expert_names(source.config, key), strict=True)
     for matrix, weight, name in parts:
         try:

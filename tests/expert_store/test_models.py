@@ -67,6 +67,16 @@ def test_other_bits_and_a_changed_source_are_packed_anew(model: Path) -> None:
     assert resolve(model)[0].directory != first
 
 
+@pytest.mark.parametrize("version", ["expert_store.models.VERSION", "common.record.RECORD_FORMAT"])
+def test_a_new_form_of_packed_checkpoints_is_packed_anew(
+    model: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """Old copies must not be found, since they could only be refused."""
+    first = resolve(model)[0].directory
+    monkeypatch.setattr(version, 99)
+    assert resolve(model)[0].directory != first
+
+
 def test_two_starts_do_not_both_pack(model: Path) -> None:
     """The second waits for the lock that the first holds while it packs, then finds the result."""
     directory = resolve(model)[0].directory

@@ -16,7 +16,7 @@ from common.errors import CheckpointError, ConfigError
 from common.expert_key import ExpertKey
 from common.hlwq.codebook import converged_codebook
 from common.hlwq.quantize import pack_matrix
-from tests.helpers.models import edited_json, edited_tensors, pack_model, random_model
+from tests.helpers.models import edited_json, edited_tensors, make_hf_model, pack_model, random_model
 
 DENSE, EXPERTS = "dense.safetensors", "experts-00001.safetensors"
 
@@ -97,6 +97,16 @@ def test_dense_weights_keep_their_dtypes(model: Path, tmp_path: Path) -> None:
     dense = pack_model(model, tmp_path / "packed").dense()
     for name in (bias, "backbone.norm_f.weight", "lm_head.weight"):
         assert dense[name].dtype == expected[name].dtype and torch.equal(dense[name], expected[name])
+
+
+def test_dense_weights_are_aligned(tmp_path: Path) -> None:
+    """A float32 tensor begins at a multiple of 4 bytes, even after bfloat16 tensors of odd length."""
+    make_hf_model(tmp_path / "model", mamba_num_heads=3, n_groups=1)
+    with edited_tensors(tmp_path / "model" / "model.safetensors") as tensors:
+        tensors |= {name: tensor.float() for name, tensor in tensors.items() if name.endswith("mixer.D")}
+    dense = pack_model(tmp_path / "model", tmp_path / "packed").dense()
+    assert {tensor.dtype for tensor in dense.values()} == {torch.bfloat16, torch.float32}
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in dense.values())
 
 
 def test_form_on_disk(pristine_packed: Path) -> None:

@@ -5,17 +5,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint
+from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, packing
 from common.checkpoint.packed_writer import pack
-from common.checkpoint.packing import packed_records
 from common.errors import CheckpointError, ConfigError, Exhausted
-from common.expert_key import ExpertKey
 from common.record import record_layout
 from tests.helpers.models import edited_tensors, pack_model
 
@@ -106,7 +108,6 @@ def test_refuses_at_once_when_the_disk_is_too_small(
 
 def test_an_interrupt_leaves_nothing(pristine: Path, destination: Path) -> None:
     seen: list[list[str]] = []
-    threads = torch.get_num_threads()
 
     def interrupt(done: int, total: int) -> None:
         seen.append([path.name.split("-")[0] for path in destination.parent.iterdir()])
@@ -117,7 +118,19 @@ def test_an_interrupt_leaves_nothing(pristine: Path, destination: Path) -> None:
         pack(HuggingFaceCheckpoint.open(pristine), destination, 5, 5, interrupt)
     assert seen == [["packed.partial"]] * 10, "the destination must not show before it is complete"
     assert_nothing_left(destination)
-    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("records", [1, 16], ids=["abandoned", "exhausted"])
+def test_torch_gets_its_threads_back(pristine: Path, records: int) -> None:
+    source = HuggingFaceCheckpoint.open(pristine)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with closing(packing.packed_records(source, record_layout(source.config, 5, 5))) as made:
+            assert len(list(islice(made, records))) == records
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_refuses_an_existing_destination(pristine: Path, destination: Path) -> None:
@@ -143,13 +156,14 @@ def test_removes_what_a_killed_process_left(pristine: Path, destination: Path) -
     for leftover in leftovers.values():
         leftover.mkdir()
         (leftover / "dense.safetensors").touch()
-    other = destination.with_name(f"packed-other.partial-{killed.pid}")
-    other.mkdir()
+    others = {destination.with_name(f"other.partial-{killed.pid}"), destination.with_name(str(killed.pid))}
+    for other in others:
+        other.mkdir()
     try:
         killed.kill()
         killed.communicate()
         pack_model(pristine, destination)
-        assert set(destination.parent.iterdir()) == {destination, leftovers[living.pid], other}
+        assert set(destination.parent.iterdir()) == {destination, leftovers[living.pid], *others}
     finally:
         living.communicate(b"\n")
 
@@ -183,15 +197,18 @@ def test_carries_tokenizer_and_chat_template(model: Path, destination: Path) -> 
 
 
 def test_only_a_few_records_exist_at_any_time(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With threads that do everything at once, what has been asked of them is what exists."""
+    made: list[Future[Tensor]] = []
+
+    class Eager(ThreadPoolExecutor):
+        def submit(self, *call: Any, **options: Any) -> Future[Any]:
+            made.append(super().submit(*call, **options))
+            wait(made)
+            return made[-1]
+
+    monkeypatch.setattr(packing, "ThreadPoolExecutor", Eager)
     source = HuggingFaceCheckpoint.open(pristine)
-    read: list[ExpertKey] = []
-    expert = source.expert
-    monkeypatch.setattr(source, "expert", lambda key: (read.append(key), expert(key))[1])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with closing(packed_records(source, record_layout(source.config, 5, 5))) as records:
-            next(records)
-        assert 1 <= len(read) <= 5
-    finally:
-        torch.set_num_threads(threads)
+    ahead = 2 * torch.get_num_threads()
+    with closing(packing.packed_records(source, record_layout(source.config, 5, 5))) as records:
+        for taken, _ in enumerate(records, 1):
+            assert len(made) == min(16, taken + ahead)
