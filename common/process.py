@@ -16,6 +16,7 @@ from typing import Protocol
 
 import uvloop
 from rich.console import Console
+from rich.markup import escape
 
 from common.errors import ServingError
 
@@ -69,7 +70,7 @@ def run_command(command: Callable[[], object]) -> int:
     try:
         command()
     except ServingError as error:
-        errors_console.print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
+        errors_console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

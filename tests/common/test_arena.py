@@ -75,6 +75,11 @@ def test_a_frame_reused_while_it_is_copied_is_noticed(owned: OwnedArena) -> None
     owned.publish(KEY, Entry(State.READY, 3, 7))
 
     class ReusedDuringCopy:
+        is_cpu, nbytes = False, SHAPE.stride
+
+        def is_contiguous(self) -> bool:
+            return True
+
         def copy_(self, frame: torch.Tensor) -> None:
             owned.publish(KEY, Entry(State.ABSENT, 0, 8))
             owned.publish(KEY, Entry(State.READY, 3, 9))  # the same frame, another generation

@@ -1,0 +1,51 @@
+"""Runs the benchmarks named, or all; prints a table and one JSON line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+
+import quantizer
+import records
+import round_trip
+import torch
+from measure import Comparison
+from rich.console import Console
+from rich.table import Table
+
+GROUPS = {"records": records.benchmark, "quantizer": quantizer.benchmark, "round-trip": round_trip.benchmark}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("groups", nargs="*", help=f"any of: {', '.join(GROUPS)} (default: all)")
+    chosen = parser.parse_args().groups or list(GROUPS)
+    unknown = set(chosen) - GROUPS.keys()
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    results = [result for group in chosen for result in GROUPS[group]()]
+    Console().print(_table(results))
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": torch.get_num_threads(),
+    }
+    print(json.dumps({"machine": machine, "results": [result.as_dict() for result in results]}))
+
+
+def _table(results: list[Comparison]) -> Table:
+    table = Table(title="ours against theirs, medians of paired runs; above 1: ours is faster")
+    for column in ("what", "ours", "", "theirs", "", "ratio", "spread", "goal"):
+        table.add_column(column)
+    for r in results:
+        table.add_row(
+            r.what, r.ours, f"{r.our_rate:.4g} {r.unit}", r.theirs, f"{r.their_rate:.4g} {r.unit}",
+            f"{r.ratio:.2f}", f"{r.lowest:.2f} to {r.highest:.2f}", r.goal,
+        )  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
