@@ -114,7 +114,8 @@ def test_the_last_token_that_a_context_holds() -> None:
 
 def test_greedy_continuation_of_200_tokens_equals_generate() -> None:
     # transformers does not clamp dt in its cached steps, so the bound must not bite for the two to agree.
-    deep = make_twins(**SHAPES["deep"], time_step_min=1e-6)
+    # The seed is one whose two best logits are never closer than 2e-3, a thousand times their error.
+    deep = make_twins(seed=1, **SHAPES["deep"], time_step_min=1e-6)
     prompt, pools = deep.tokens(37), deep.pools()
     expected = deep.reference.generate(
         prompt[None], max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
