@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +22,21 @@ _UNIX_PATH_LIMIT = 100  # sockaddr_un holds 107 bytes; the data plane adds a suf
 
 def runtime_directory() -> Path:
     """The directory of sockets, made owner-only; $EXPERT_SERVING_RUNTIME_DIR overrides it."""
-    chosen = os.environ.get("EXPERT_SERVING_RUNTIME_DIR")
-    path = Path(chosen or platformdirs.user_runtime_path("expert-serving"))
+    path = Path(os.environ.get("EXPERT_SERVING_RUNTIME_DIR") or _user_runtime_directory())
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.stat()
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise ConfigError(f"runtime directory {path} must belong to you alone (mode 0700)")
+    if path.parent.stat().st_uid not in (0, os.getuid()):  # its owner could swap the directory
+        raise ConfigError(f"runtime directory {path} lies in a directory that belongs to another user")
     return path
+
+
+def _user_runtime_directory() -> Path:
+    with warnings.catch_warnings():
+        # Without $XDG_RUNTIME_DIR it falls back to a directory in /tmp and warns; that is checked above.
+        warnings.simplefilter("ignore")
+        return platformdirs.user_runtime_path("expert-serving")
 
 
 @dataclass(frozen=True)

@@ -57,15 +57,15 @@ def start(
     Example: expert-store start demo
     """
     configure_process()
-    # Imported here: help and stats should not wait for PyTorch.
-    from expert_store.models import resolve_model
-    from expert_store.server import Store
-
     address = Address.parse(listen) if listen else Address.default("store")
     config = StoreConfig(model, address, bits, parse_size(ram) if ram else None)
     console = Console(stderr=True)
     claim = AddressClaim(address)
     try:
+        # Imported here: help, stats and a wrong option should not wait for PyTorch.
+        from expert_store.models import resolve_model
+        from expert_store.server import Store
+
         checkpoint = resolve_model(model, bits, console)
         status = run_service(lambda: Store(config, checkpoint, claim.data_path, console))
     finally:

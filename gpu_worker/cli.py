@@ -16,6 +16,7 @@ from common.process import configure_process, run_command, run_service
 from common.units import parse_size
 from gpu_worker import generate_cli
 from gpu_worker.client import WorkerClient
+from gpu_worker.config import WorkerConfig
 from gpu_worker.printing import stats_table
 
 app = typer.Typer(
@@ -62,10 +63,6 @@ def start(
     Example: gpu-worker start --slots 16
     """
     configure_process()
-    # Imported here: help and the client commands should not wait for PyTorch.
-    from gpu_worker.config import WorkerConfig
-    from gpu_worker.server import Worker
-
     config = WorkerConfig(
         store=_address(store, "store"),
         listen=_address(listen, "worker"),
@@ -78,6 +75,9 @@ def start(
     )
     claim = AddressClaim(config.listen)
     try:
+        # Imported here: help, client commands and a wrong option should not wait for PyTorch.
+        from gpu_worker.server import Worker
+
         status = run_service(lambda: Worker(config, name=f"{socket.gethostname()}-{os.getpid()}"))
     finally:
         claim.release()

@@ -18,6 +18,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
 from gpu_worker.model.weights import ModelWeights, build_weights
+from gpu_worker.sizing import choose_slots, resolve_device, resolve_dtype
 from gpu_worker.slots.fetch import Fetcher
 from gpu_worker.slots.hints import Hints
 from gpu_worker.slots.policies import POLICIES
@@ -55,8 +56,8 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     here = (checkpoint.fingerprint, checkpoint.layout.digest)
     if here != (attachment.fingerprint, attachment.arena.shape.layout_digest):
         raise Incompatible(f"{checkpoint.directory} has changed since the store opened it; restart the store")
-    device = config.resolve_device()
-    dtype = config.resolve_dtype(device)
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, device)
     model = checkpoint.config
     weights = build_weights(checkpoint.dense(), model, dtype, device)
     pools = StatePools(model, SEQUENCES, model.max_position_embeddings, dtype, device)
@@ -84,7 +85,7 @@ def _slot_experts(
     fetcher: Fetcher,
 ) -> SlotExperts:
     stride = checkpoint.layout.stride
-    choice = config.choose_slots(checkpoint.config, stride, weights.nbytes + pools.nbytes)
+    choice = choose_slots(config, checkpoint.config, stride, weights.nbytes + pools.nbytes)
     experts = SlotExperts(
         checkpoint.layout,
         checkpoint.codebooks(),
