@@ -69,7 +69,7 @@ class GenerationService(GpuWorkerServicer):
     ) -> AsyncIterator[pb.GenerateEvent]:
         check_version(request.protocol_version)
         model, outbox = self.model, _Outbox()
-        prompt = prompt_tokens(request, model.tokenizer)
+        prompt = await asyncio.to_thread(prompt_tokens, request, model.tokenizer)  # a book takes seconds
         check_tokens(prompt, model.config.vocab_size, model.max_context)
         params = sampling_params(request.sampling)
         if params.stop and model.tokenizer is None:
@@ -85,7 +85,7 @@ class GenerationService(GpuWorkerServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> AsyncIterator[pb.ScoreEvent]:
         check_version(request.protocol_version)
         model, outbox = self.model, _Outbox()
-        tokens = prompt_tokens(request, model.tokenizer)
+        tokens = await asyncio.to_thread(prompt_tokens, request, model.tokenizer)
         check_tokens(tokens, model.config.vocab_size, longest=1 << 31)
         window, stride = _window(request, model.max_context)
         async for event in self._run(Scoring(tokens, window, stride, outbox.emit), outbox):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from common.errors import CheckpointError, InvalidRequest
-from gpu_worker.tokenizer import Tokenizer
+from gpu_worker.tokenizer import Tokenizer, _load_by_transformers, _load_unchanged
 
 CORPUS = [
     "def main():\n    print('grüße, 你好 🙂')\n",
@@ -175,3 +175,36 @@ def test_a_damaged_tokenizer_is_named(directory: Path, tmp_path: Path, broken: s
     (tmp_path / "tokenizer_config.json").write_text((directory / "tokenizer_config.json").read_text())
     with pytest.raises(CheckpointError, match=rf"tokenizer in {tmp_path} cannot be loaded"):
         Tokenizer.from_directory(tmp_path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=TEXT, ids=st.lists(st.integers(0, 329), max_size=20))
+def test_without_transformers_it_is_the_same(directory: Path, text: str, ids: list[int]) -> None:
+    backend = _load_unchanged(directory)
+    assert backend is not None
+    reference = _load_by_transformers(directory)
+    assert backend.encode(text).ids == reference.encode(text)
+    assert backend.decode(ids, skip_special_tokens=True) == reference.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tokenizer_class": "LlamaTokenizer"},
+        {"add_bos_token": True},
+        {"pad_token": "<pad>"},
+        {"extra_special_tokens": ["<think>"]},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_what_transformers_would_change_is_left_to_it(tmp_path: Path, config: dict[str, object]) -> None:
+    directory = save(byte_level(), tmp_path / "model", **config)
+    assert _load_unchanged(directory) is None
+
+
+def test_a_special_token_that_only_the_config_names_is_special(tmp_path: Path) -> None:
+    loaded = Tokenizer.from_directory(save(byte_level(), tmp_path / "model", pad_token="<pad>"))
+    assert loaded is not None
+    assert len(loaded.special_ids) == 3
