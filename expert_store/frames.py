@@ -45,6 +45,9 @@ class FrameTable:
     def entry(self, key: ExpertKey) -> Entry:
         return self.arena.entry(key)
 
+    def is_ready(self, key: ExpertKey) -> bool:
+        return key in self._ready
+
     def is_absent(self, key: ExpertKey) -> bool:
         return key not in self._ready and key not in self._staging
 

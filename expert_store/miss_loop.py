@@ -13,7 +13,6 @@ from pathlib import Path
 
 import zmq
 
-from common.arena import State
 from common.expert_key import ExpertKey
 from common.messages import (
     Done,
@@ -65,12 +64,12 @@ class MissLoop:
 
     def _drain(self) -> None:
         # ZeroMQ's descriptor is edge-triggered: it signals again only after everything has been received.
-        while True:
-            try:
-                peer, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._receive(peer, b"".join(parts))
+        socket = self._socket
+        while int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            peer, data = socket.recv(), socket.recv()
+            while socket.getsockopt(zmq.RCVMORE):  # not a peer of ours: one message is one frame
+                data += socket.recv()
+            self._receive(peer, data)
 
     def _receive(self, peer: bytes, data: bytes) -> None:
         try:
@@ -100,7 +99,7 @@ class MissLoop:
     def _stage(self, peer: bytes, request: Request) -> None:
         self.counters.demands += 1
         key = request.keys[0]
-        if self._frames.entry(key).state is State.READY:
+        if self._frames.is_ready(key):
             self.counters.demands_ready += 1
             self._reply(peer, self._pin(request))
             return
@@ -150,7 +149,8 @@ class MissLoop:
 
     def _reply(self, peer: bytes, reply: Reply) -> None:
         try:
-            self._socket.send_multipart([peer, pack_reply(reply)], zmq.NOBLOCK)
+            self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+            self._socket.send(pack_reply(reply), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             # The peer is gone (ROUTER drops that silently) or reads nothing: it will time out and ask again.
             log.warning("reply %d could not be sent: %s", reply.request_id, error)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import zmq
 from torch import Tensor
 
+from common.arena import MappedArena
 from common.errors import CheckpointError, Exhausted, Unavailable
 from common.expert_key import ExpertKey
 from common.messages import Done, Failed, Fault, Kind, Staged, request, unpack_reply
@@ -21,9 +23,21 @@ from gpu_worker.store_link import Attachment, StoreLink
 
 Wanted = tuple[ExpertKey, Tensor]
 
+# One core copies records at half of what memory moves; several share a wave from this size up, below which
+# handing the work over costs more than it saves.
+_COPIERS = ThreadPoolExecutor(2, thread_name_prefix="fetch")
+_SHARED_BYTES = 4 << 20
+
 FETCH_TIMEOUT = 30.0  # seconds a step waits for the store's disk; longer than the store's own limit
 RETURN_TIMEOUT = 5.0  # seconds a step waits for a lost store to come back
 _POLL_MS = 50
+
+
+def read_ready(arena: MappedArena, wanted: Sequence[Wanted]) -> set[ExpertKey]:
+    """Copy those of the records that are READY into their slots; returns which."""
+    share = len(wanted) > 1 and sum(slot.nbytes for _, slot in wanted) >= _SHARED_BYTES
+    read = (_COPIERS.map if share else map)(lambda item: arena.read(*item), wanted)
+    return {key for (key, _), whole in zip(wanted, read, strict=True) if whole}
 
 
 class _StoreGone(Exception):
@@ -52,8 +66,8 @@ class Fetcher:
         cannot read a record, Exhausted when it has no frame for one.
         """
         assert self._link.last_attachment is not None, "fetching before the first attachment"
-        arena = self._link.last_attachment.arena
-        absent = {key: slot for key, slot in wanted if not arena.read(key, slot)}
+        ready = read_ready(self._link.last_attachment.arena, wanted)
+        absent = {key: slot for key, slot in wanted if key not in ready}
         staged = set(absent)
         deadline = time.monotonic() + FETCH_TIMEOUT
         while absent:

@@ -15,6 +15,7 @@ from common.checkpoint import PackedCheckpoint
 from common.expert_key import ExpertKey
 from expert_store.frames import FrameTable
 from expert_store.staging import PRELOAD_BYTES, Stager
+from gpu_worker.slots.fetch import read_ready
 
 KEYS = [ExpertKey(0, expert) for expert in range(EXPERTS)]
 
@@ -37,14 +38,16 @@ def _fetching(checkpoint: PackedCheckpoint, amount: float) -> Comparison:
         mapped = MappedArena(arena.path, checkpoint.layout.digest)
         pool = torch.empty(EXPERTS, stride, dtype=torch.uint8)
 
+        wanted = [(key, pool[slot]) for slot, key in enumerate(KEYS)]
+
         def fetch() -> None:
-            for slot, key in enumerate(KEYS):
-                assert mapped.read(key, pool[slot])
+            assert read_ready(mapped, wanted) == set(KEYS)
 
         def copy() -> None:
-            ctypes.memmove(pool.data_ptr(), mapped.frames.data_ptr(), EXPERTS * stride)
+            for (_, slot), frame in zip(wanted, mapped.frames, strict=True):
+                ctypes.memmove(slot.data_ptr(), frame.data_ptr(), stride)
 
-        names = ("MappedArena.read, a record at a time", "one memmove of the same bytes")
+        names = ("read_ready, a wave of records", "memmove, record by record")
         return compare("fetching", (names[0], fetch), (names[1], copy), amount, "GB/s", ">= 0.8 of memcpy")
     finally:
         arena.close()
@@ -57,10 +60,11 @@ def _staging(checkpoint: PackedCheckpoint, amount: float) -> Comparison:
     arena.commit(list(range(EXPERTS)))
 
     def copy() -> None:
-        ctypes.memmove(arena.frames.data_ptr(), source.data_ptr(), source.numel())
+        for frame, record in zip(arena.frames, source, strict=True):
+            ctypes.memmove(frame.data_ptr(), record.data_ptr(), record.numel())
 
     try:
-        names = ("Stager.demand for each record", "one memmove of as many bytes")
+        names = ("Stager.demand for each record", "memmove, record by record")
         stage = lambda: asyncio.run(_demand(checkpoint, arena))  # noqa: E731
         return compare("staging", (names[0], stage), (names[1], copy), amount, "GB/s", ">= 0.8 of memcpy")
     finally:
