@@ -54,7 +54,7 @@ def random_model(seed: int = 0, *, dtype: torch.dtype = torch.bfloat16, **overri
     time_step_min = config.pop("time_step_min")
     model = NemotronHForCausalLM(NemotronHConfig(**config)).to(dtype)
     model.config.time_step_min = time_step_min
-    _randomise(model, torch.Generator().manual_seed(seed))
+    randomise(model, torch.Generator().manual_seed(seed))
     return model
 
 
@@ -80,7 +80,9 @@ def edited_json(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _randomise(model: NemotronHForCausalLM, generator: torch.Generator) -> None:
+def randomise(model: NemotronHForCausalLM, generator: torch.Generator) -> None:
+    """Every bias, decay, skip, norm and router correction away from its neutral value; matrices keep the
+    residual stream near unit size, so that logits are far apart."""
     for name, tensor in model.state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator)
         if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):

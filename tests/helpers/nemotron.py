@@ -1,12 +1,7 @@
-"""Random NemotronH models in memory: transformers' own beside ours, on the same weights.
-
-Weights are drawn so that mistakes show: every bias, decay, skip, norm and router correction differs from its
-neutral value, and matrices keep the residual stream near unit size, so that logits are far apart.
-"""
+"""Random NemotronH models in memory: transformers' own beside ours, on the same weights."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +13,7 @@ from common.model_config import ModelConfig
 from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
 from gpu_worker.model.weights import build_weights
+from tests.helpers.models import randomise
 from tests.helpers.plain_experts import PlainExperts
 
 SMALL: dict[str, Any] = {
@@ -59,7 +55,7 @@ class Twins:
 def make_twins(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Twins:
     """A random model of SMALL's shape with `overrides`; `dtype` is ours, the reference stays float32."""
     reference = NemotronHForCausalLM(NemotronHConfig(**(SMALL | overrides))).eval()
-    _randomise(reference, torch.Generator().manual_seed(seed))
+    randomise(reference, torch.Generator().manual_seed(seed))
     config = ModelConfig.from_dict(reference.config.to_dict())
     state = {
         name.replace("model.", "backbone.", 1): tensor for name, tensor in reference.state_dict().items()
@@ -77,21 +73,3 @@ def make_twins(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: A
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-@torch.no_grad()
-def _randomise(model: NemotronHForCausalLM, generator: torch.Generator) -> None:
-    for name, tensor in model.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
-            tensor.copy_(1 + 0.3 * noise)
-        elif name.endswith("A_log"):
-            tensor.copy_(noise)
-        elif name.endswith("dt_bias"):
-            tensor.copy_(noise - 3)  # around softplus^-1(0.05)
-        elif name.endswith("e_score_correction_bias"):
-            tensor.copy_(0.2 * noise)
-        elif name.endswith(("embeddings.weight", "conv1d.bias")):
-            tensor.copy_(noise)
-        else:
-            tensor.copy_(noise / math.sqrt(tensor.shape[-1]))

@@ -5,7 +5,6 @@ Each pair lives in a runtime directory of its own, so nothing is shared between 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,11 +17,19 @@ from typing import Any
 
 from common.addresses import Address
 from common.errors import Unavailable
-from common.grpc_client import wait_until_serving
+from common.grpc_client import channel_to, wait_until_serving
+from common.rpc import expert_store_pb2 as store_pb2
+from common.rpc import gpu_worker_pb2 as worker_pb2
+from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
 from gpu_worker.client import Generated, WorkerClient
 
 SCRIPTS = Path(sys.executable).parent
 READY = 60.0  # seconds; generous, since the machine may be busy
+
+
+def environment(runtime: Path) -> dict[str, str]:
+    """One thread a process: several processes share few cores here, and threads would wait for each other."""
+    return os.environ | {"EXPERT_SERVING_RUNTIME_DIR": str(runtime), "OMP_NUM_THREADS": "1"}
 
 
 class Process:
@@ -30,10 +37,9 @@ class Process:
 
     def __init__(self, runtime: Path, *command: str) -> None:
         self.log = runtime / f"{command[0]}-{time.monotonic_ns()}.log"
-        environment = os.environ | {"EXPERT_SERVING_RUNTIME_DIR": str(runtime)}
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(
-                [str(SCRIPTS / command[0]), *command[1:]], stderr=log, stdout=log, env=environment
+                [str(SCRIPTS / command[0]), *command[1:]], stderr=log, stdout=log, env=environment(runtime)
             )
 
     def wait_ready(self, address: Address) -> None:
@@ -82,17 +88,20 @@ class Pair:
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A command of the user's, to its end."""
-        environment = os.environ | {"EXPERT_SERVING_RUNTIME_DIR": str(self.runtime)}
         done = subprocess.run(
             [str(SCRIPTS / command[0]), *command[1:]],
-            capture_output=True, text=True, env=environment, timeout=READY, check=False,
+            capture_output=True, text=True, env=environment(self.runtime), timeout=READY, check=False,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done
 
-    def json(self, *command: str) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads(self.run(*command).stdout)
-        return value
+    def store_stats(self) -> store_pb2.StoreStats:
+        with channel_to(self.store_address) as channel:
+            return ExpertStoreStub(channel).Stats(store_pb2.StoreStatsRequest(), timeout=READY)
+
+    def worker_stats(self) -> worker_pb2.WorkerStats:
+        with WorkerClient(self.worker_address) as client:
+            return client.stats()
 
     def _start(self, address: Address, *command: str) -> Process:
         process = Process(self.runtime, *command)

@@ -55,8 +55,8 @@ def test_killing_the_worker_frees_its_leases_and_a_new_one_serves_within_five_se
     pair.worker.kill()
     running.join(10)
     assert isinstance(running.error, Unavailable)
-    eventually(lambda: not pair.json("expert-store", "stats", "--json")["leases"], 5, "the lease's end")
-    assert pair.json("expert-store", "stats", "--json")["pinned_frames"] == 0
+    eventually(lambda: not pair.store_stats().leases, 5, "the lease's end")
+    assert pair.store_stats().pinned_frames == 0
     started = time.monotonic()
     pair.start_worker("--slots", "2")
     assert pair.generate(PROMPT, 2).finish is not None
@@ -78,7 +78,7 @@ def test_killing_the_store_with_everything_in_ram_disturbs_nobody(pair: Pair) ->
     assert pair.generate(PROMPT, 300).token_ids == expected.token_ids  # and so do new requests
 
     pair.start_store()
-    eventually(lambda: pair.json("gpu-worker", "stats", "--json")["store"] == "attached", 10, "coming back")
+    eventually(lambda: pair.worker_stats().store == "attached", 10, "coming back")
     assert pair.generate(PROMPT, 300).token_ids == expected.token_ids
     pair.worker.stop()
     pair.store.stop()
@@ -99,7 +99,7 @@ def test_killing_the_store_with_experts_on_disk_fails_requests_in_bounded_time(
     assert isinstance(running.error, Unavailable)
     assert "store" in str(running.error)
     pair.start_store("--ram", str(4 * record_bytes))
-    eventually(lambda: pair.json("gpu-worker", "stats", "--json")["store"] == "attached", 10, "coming back")
+    eventually(lambda: pair.worker_stats().store == "attached", 10, "coming back")
     assert pair.generate(PROMPT, 30).token_ids == expected.token_ids
 
 
@@ -127,7 +127,7 @@ def test_a_cancelled_request_makes_room_for_the_next(pair: Pair) -> None:
     started = time.monotonic()
     assert pair.generate(PROMPT, 1).finish is not None
     assert time.monotonic() - started < 5
-    assert pair.json("gpu-worker", "stats", "--json")["running"] == 0
+    assert pair.worker_stats().running == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -143,4 +143,4 @@ def test_signals_end_both_in_good_order(pair: Pair, number: int) -> None:
 
 
 def _ready_frames(pair: Pair) -> int:
-    return int(pair.json("expert-store", "stats", "--json")["ready_frames"])
+    return pair.store_stats().ready_frames

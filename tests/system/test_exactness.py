@@ -45,13 +45,12 @@ def test_a_tenth_of_the_experts_in_ram(
     warm = pair.generate(PROMPT, COUNT)
     assert same(fresh, expected)
     assert same(warm, expected)
-    store = pair.json("expert-store", "stats", "--json")
-    assert (store["frames"], store["pinned_frames"]) == (frames, 0)
-    assert store["evictions"] > 0
+    store = pair.store_stats()
+    assert (store.frames, store.pinned_frames) == (frames, 0)
+    assert store.evictions > 0
     assert fresh.finish is not None
     assert fresh.finish.cache.staged > 0
-    stats = pair.json("gpu-worker", "stats", "--json")
-    assert (stats["hints_sent"] > 0) == ("off" not in worker)
+    assert (pair.worker_stats().hints_sent > 0) == ("off" not in worker)
 
 
 def test_one_frame_is_enough(pair: Pair, expected: Generated, record_bytes: int) -> None:
@@ -92,5 +91,5 @@ def test_two_workers_on_one_store(pair: Pair, expected: Generated, record_bytes:
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(ask, [pair.worker_address, second] * 2))
     assert all(same(result, expected) for result in results)
-    store = pair.json("expert-store", "stats", "--json")
-    assert (store["pinned_frames"], len(store["leases"])) == (0, 2)
+    store = pair.store_stats()
+    assert (store.pinned_frames, len(store.leases)) == (0, 2)
