@@ -165,7 +165,8 @@ class Scoring(Job):
             return False
         if end == len(self.tokens):
             return True
-        self._start, self._fed = self._start + self.stride, 0
+        # Overlapping by one token at least: the first token of a window can only be scored in another.
+        self._start, self._fed = min(self._start + self.stride, end - 1), 0
         engine.give_place(self.place)
         self.place = engine.take_place()
         return False
