@@ -20,7 +20,7 @@ SHAPES = {
     "all block types": {},
     "grouped routing": {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
     "no convolution bias, one group": {"use_conv_bias": False, "n_groups": 1},
-    "time step floor": {"time_step_min": 0.001},
+    "time step floor": {"time_step_min": 0.05},  # the median time step
 }
 Pair = tuple[FixedLink, NemotronHForCausalLM]
 
