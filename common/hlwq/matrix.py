@@ -51,6 +51,6 @@ class PackedMatrix:
     def _rotated(self, codebook: Tensor | None) -> Tensor:
         """W' H, padding included: n / sqrt(128) c[code], float32 (out_features, padded in_features)."""
         assert codebook is not None and self.norms is not None
-        levels = codebook.float()[self.codes().int()].view(self.norms.shape[0], -1, BLOCK)
+        levels = codebook.index_select(0, self.codes().view(-1).int())
         scale = self.norms.float() * (1 / math.sqrt(BLOCK))
-        return (levels * scale[:, :, None]).view(levels.shape[0], -1)
+        return levels.view(*scale.shape, BLOCK).mul_(scale[:, :, None]).view(scale.shape[0], -1)

@@ -9,6 +9,8 @@ order, with no lane crossing. (At width 4 this is byte for byte the published "n
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,7 @@ def pack_planes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
     for width in PLANE_WIDTHS[bits]:
         fields = (codes >> shift) & ((1 << width) - 1)
         grouped = fields.view(rows, columns // BLOCK, 8 // width, 16 * width)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8)[:, None]
-        packed = (grouped << shifts).sum(dim=2, dtype=torch.uint8)
+        packed = (grouped << _field_shifts(width, codes.device)).sum(dim=2, dtype=torch.uint8)
         planes.append(packed.view(rows, columns * width // 8))
         shift += width
     return tuple(planes)
@@ -50,12 +51,17 @@ def unpack_planes(planes: tuple[Tensor, ...], bits: int) -> Tensor:
     """The inverse of `pack_planes`: codes (rows, columns) uint8."""
     rows = planes[0].shape[0]
     codes: Tensor | None = None
-    shift = 0
+    position = 0
     for plane, width in zip(planes, PLANE_WIDTHS[bits], strict=True):
         blocks = plane.view(rows, -1, 1, 16 * width)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)[:, None]
-        fields = ((blocks >> shifts) & ((1 << width) - 1)).view(rows, -1)
-        codes = fields if codes is None else codes | (fields << shift)
-        shift += width
+        fields = (blocks >> _field_shifts(width, plane.device)).bitwise_and_((1 << width) - 1).view(rows, -1)
+        codes = fields if codes is None else codes.bitwise_or_(fields.bitwise_left_shift_(position))
+        position += width
     assert codes is not None
     return codes
+
+
+@cache
+def _field_shifts(width: int, device: torch.device) -> Tensor:
+    """Where the fields of a byte begin: (8 / width, 1) uint8."""
+    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)[:, None]
