@@ -106,8 +106,13 @@ def start(
 
 def resume(directory: Path) -> tuple[NemotronHForCausalLM, PreTrainedTokenizerFast, list[dict]]:
     model = NemotronHForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    phases = json.loads((directory / card.RECORD).read_text())["phases"]
-    return model, AutoTokenizer.from_pretrained(directory), phases
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for trace_of_loading in (
+        "is_local",
+        "local_files_only",
+    ):  # would be saved with the tokenizer's own settings
+        tokenizer.init_kwargs.pop(trace_of_loading, None)
+    return model, tokenizer, json.loads((directory / card.RECORD).read_text())["phases"]
 
 
 def train(

@@ -6,6 +6,7 @@ come from `training.json`, which training leaves in the directory; the evaluatio
 
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, NemotronHForCausalLM, PreTrainedTokenize
 from demo_model import corpus, network
 
 RECORD = "training.json"
-PROMPTS = ["def ", "class Queue:\n    ", "import os\nimport sys\n", "    def __init__(self, ", "for line in "]
+PROMPTS = ["def ", "class Queue:\n    ", "    def __init__(self, "]
 QUESTION = "Return True if the path is a directory."
 
 CARD = """---
@@ -54,7 +55,8 @@ Experts on the same text (share of all choices; entropy of the shares, 1 = unifo
 {usage}
 
 ## Samples
-Greedy, {new_tokens} tokens at most, really produced by this model:
+Really produced by this model, at most {new_tokens} new tokens each, greedy and at temperature 0.7 (seed 0). A
+model of this size falls into loops when it is greedy.
 {samples}
 
 ## Limits
@@ -116,37 +118,46 @@ def normalised_entropy(shares: Tensor) -> float:
 
 def _architecture(model: NemotronHForCausalLM, parameters: int) -> str:
     c = model.config
-    return f"""\
-- {parameters:,} parameters, BF16; blocks `{c.hybrid_override_pattern}` (M Mamba-2, E mixture of
-  experts, \\* attention)
-- hidden {c.hidden_size}, vocabulary {c.vocab_size} (byte-level BPE), embeddings not tied, context
-  {c.max_position_embeddings}
-- MoE: {c.n_routed_experts} routed experts of {c.moe_intermediate_size}, top-{c.num_experts_per_tok}, and a
-  shared one of {c.moe_shared_expert_intermediate_size}; squared ReLU, no gate; sigmoid router with correction
-  bias, weights normalised and scaled by {c.routed_scaling_factor}
-- Mamba-2: {c.mamba_num_heads} heads of {c.mamba_head_dim}, state {c.ssm_state_size}, {c.n_groups} groups,
-  chunks of {c.chunk_size}
-- attention: {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of {c.head_dim}, no positional
-  encoding
-- `time_step_min` is 0, so that prefill and decode compute the same function in every implementation"""
+    return _bullets(
+        f"""{parameters:,} parameters, BF16; blocks `{c.hybrid_override_pattern}` (M Mamba-2, E mixture of
+        experts, \\* attention)""",
+        f"""hidden {c.hidden_size}, vocabulary {c.vocab_size} (byte-level BPE), embeddings not tied, context
+        {c.max_position_embeddings}""",
+        f"""MoE: {c.n_routed_experts} routed experts of {c.moe_intermediate_size},
+        top-{c.num_experts_per_tok}, and a shared one of {c.moe_shared_expert_intermediate_size};
+        squared ReLU, no gate; sigmoid router with correction bias, weights normalised and scaled
+        by {c.routed_scaling_factor}""",
+        f"""Mamba-2: {c.mamba_num_heads} heads of {c.mamba_head_dim}, state {c.ssm_state_size}, {c.n_groups}
+        groups, chunks of {c.chunk_size}""",
+        f"""attention: {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of {c.head_dim}, no
+        positional encoding""",
+        "`time_step_min` is 0, so that prefill and decode compute the same function in every implementation",
+    )
 
 
 def _training(record: dict, texts: corpus.Corpus) -> str:
     size = sum(len(text.encode()) for text in texts.train) / 1e6
-    text = f"""\
-- text: {len(texts.train)} library modules ({size:.1f} MB; no test modules, no generated code page tables) and
-  {len(texts.chats):,} short chats made of their functions that have a docstring
-- Muon for the blocks' matrices, AdamW for the rest; experts balanced by correction bias alone
-- of each phase the checkpoint with the least loss on a validation set of other test modules was kept"""
-    return "\n".join([text, *(_phase(i, phase) for i, phase in enumerate(record["phases"], start=1))])
+    return _bullets(
+        f"""text: {len(texts.train)} library modules ({size:.1f} MB; no test modules, no generated code page
+        tables) and {len(texts.chats):,} short chats made of their functions that have a docstring""",
+        "Muon for the blocks' matrices, AdamW for the rest; experts balanced by correction bias alone",
+        "of each phase the checkpoint with the least loss on a validation set of other test modules was kept",
+        *(f"phase {i}: {_phase(phase)}" for i, phase in enumerate(record["phases"], start=1)),
+    )
 
 
-def _phase(number: int, p: dict) -> str:
-    return f"""\
-- phase {number}: {p["tokens"]:,} tokens ({p["epochs"]} epochs) in {p["steps"]:,} steps of {p["batch"]}
-  windows, {p["seconds"]} s on one {p["hardware"]}; peak learning rate {p["lr"]}, weight decay
-  {p["weight_decay"]}, dropout {p["dropout"]}, seed {p["seed"]}; kept after {p["kept_tokens"]:,} tokens,
-  validation loss {p["validation_loss"]}"""
+def _phase(p: dict) -> str:
+    return f"""{p["tokens"]:,} tokens ({p["epochs"]} epochs) in {p["steps"]:,} steps of {p["batch"]} windows,
+        {p["seconds"]} s on one {p["hardware"]}; peak learning rate {p["lr"]}, weight decay
+        {p["weight_decay"]}, dropout {p["dropout"]}, seed {p["seed"]}; kept after {p["kept_tokens"]:,} tokens,
+        validation loss {p["validation_loss"]}"""
+
+
+def _bullets(*items: str) -> str:
+    return "\n".join(
+        textwrap.fill(" ".join(item.split()), 110, initial_indent="- ", subsequent_indent="  ")
+        for item in items
+    )
 
 
 def _usage(figures: dict) -> str:
@@ -161,9 +172,10 @@ def _samples(model: NemotronHForCausalLM, tokenizer: PreTrainedTokenizerFast, ne
     parts = []
     for prompt in [*PROMPTS, chat]:
         ids = torch.tensor([tokenizer.encode(prompt)])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens
-        )
-        completion = tokenizer.decode(out[0, ids.shape[1] :])
-        parts.append(f"\nPrompt `{json.dumps(prompt)}`:\n```\n{prompt}{completion}\n```")
+        for how in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7, "top_k": 0}):
+            torch.manual_seed(0)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **how)
+            text = tokenizer.decode(out[0])
+            label = "sampled" if how["do_sample"] else "greedy"
+            parts.append(f"\nPrompt `{json.dumps(prompt)}`, {label}:\n```\n{text}\n```")
     return "\n".join(parts)
