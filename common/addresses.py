@@ -88,14 +88,9 @@ class AddressClaim:
         """Raises ConfigError when a living process holds the address."""
         self.address = address
         self._lock_path = address.beside(".lock")
-        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise ConfigError(
-                f"another process already listens on {address}; stop it first, or choose --listen"
-            ) from None
+        while (lock := self._try_lock()) is None:
+            pass
+        self._lock = lock
         self._remove_sockets()
 
     @property
@@ -108,6 +103,24 @@ class AddressClaim:
         self._remove_sockets()
         self._lock_path.unlink(missing_ok=True)
         os.close(self._lock)
+
+    def _try_lock(self) -> int | None:
+        """The locked file; None if its owner removed it in between, so that it locks nothing any more."""
+        try:
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            raise ConfigError(f"cannot listen on {self.address}: its directory does not exist") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_nlink:
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            raise ConfigError(
+                f"another process already listens on {self.address}; stop it first, or choose --listen"
+            ) from None
+        os.close(lock)
+        return None
 
     def _remove_sockets(self) -> None:
         for path in (self.address.socket_path, self.data_path):

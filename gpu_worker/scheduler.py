@@ -70,11 +70,19 @@ class Scheduler:
             self._thread.join(timeout)
 
     def _run(self) -> None:
-        while (entry := self._next()) is not None:
-            self._serve(entry)
-        for entry in self._waiting:
+        try:
+            while (entry := self._next()) is not None:
+                self._serve(entry)
+        except BaseException as failure:  # an invariant broke or the device failed: the process ends, loudly
+            log.critical("the engine failed", exc_info=failure)
+            self._on_fatal(failure)
+        with self._changed:
+            self._stopping = True
+            left = list(self._waiting)
+            self._waiting.clear()
+            self._running = None
+        for entry in left:
             entry.on_end(Unavailable("the worker is stopping"))
-        self._waiting.clear()
 
     def _next(self) -> _Entry | None:
         with self._changed:
@@ -86,24 +94,27 @@ class Scheduler:
             return self._running
 
     def _serve(self, entry: _Entry) -> None:
-        """One job from begin to end."""
-        job, error = entry.job, None
+        """One job from begin to its one ending; raises what is not the job's own failure."""
+        error: BaseException | None = None
+        try:
+            self._run_job(entry.job)
+        except ServingError as failure:
+            self.failed += 1
+            error = failure
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            entry.on_end(error)
+
+    def _run_job(self, job: Job) -> None:
         if job.cancelled:
-            entry.on_end(None)
             return
         job.begin(self._engine)
         try:
             while not job.cancelled and not job.step(self._engine):
                 if self._stopping:
                     raise Unavailable("the worker is stopping")
-        except ServingError as failure:
-            self.failed += 1
-            error = failure
-        except BaseException as failure:  # an invariant broke or the device failed
-            log.critical("the engine failed", exc_info=failure)
-            entry.on_end(failure)
-            self._on_fatal(failure)
-            return
-        job.end(self._engine)
+        finally:
+            job.end(self._engine)
         self._engine.check_integrity()
-        entry.on_end(error)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 ATTACH_TIMEOUT = 120.0  # seconds; a store that packs its model first takes its time
 _STOP_GRACE = 1.0
+_STEP_TIMEOUT = 30.0  # seconds that the step in progress may take to end
 
 
 class Worker:
@@ -80,7 +81,7 @@ class Worker:
     async def _close(self) -> None:
         await self._rpc.stop(_STOP_GRACE)
         if self._scheduler is not None and self._model is not None:
-            await asyncio.to_thread(self._scheduler.stop, _STOP_GRACE)
+            await asyncio.to_thread(self._scheduler.stop, _STEP_TIMEOUT)
             self._model.fetcher.close()
         await self.link.close()
 

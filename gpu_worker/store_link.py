@@ -54,7 +54,7 @@ class StoreLink:
         self.last_attachment: Attachment | None = None
         self._worker = worker
         self._changed = threading.Condition()
-        self._lost = asyncio.Event()
+        self._given_up: asyncio.Queue[Attachment] = asyncio.Queue()
         self._channel: grpc.aio.Channel | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -82,8 +82,8 @@ class StoreLink:
                 await self._return()
                 continue
             try:
-                await asyncio.wait_for(self._lost.wait(), attachment.lease_ttl / _HEARTBEATS_PER_TTL)
-                self._lose("it no longer knows this worker's lease")
+                pause = attachment.lease_ttl / _HEARTBEATS_PER_TTL
+                await self._detach(await asyncio.wait_for(self._given_up.get(), pause))
             except asyncio.TimeoutError:
                 await self._heartbeat(attachment)
 
@@ -93,12 +93,7 @@ class StoreLink:
         if self._channel is None:
             return
         if attachment is not None:
-            try:
-                await self._stub().Detach(
-                    pb.DetachRequest(lease_id=attachment.lease_id), timeout=_CALL_TIMEOUT
-                )
-            except grpc.RpcError as error:
-                log.debug("detach failed: %s", error)
+            await self._detach(attachment)
         await self._channel.close(grace=None)
 
     def wait_attached(self, timeout: float) -> Attachment:
@@ -112,12 +107,13 @@ class StoreLink:
             return self.attachment
 
     def give_up(self, attachment: Attachment) -> None:
-        """In the engine's thread: the store has ended this lease."""
+        """In the engine's thread: end this attachment, and with it whatever it has pinned; attach anew."""
         with self._changed:
-            if self.attachment is attachment:
-                self.attachment = None
+            if self.attachment is not attachment:
+                return
+            self.attachment = None
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._lost.set)
+        self._loop.call_soon_threadsafe(self._given_up.put_nowait, attachment)
 
     async def _attach(self) -> Attachment:
         if self._channel is None:
@@ -144,6 +140,14 @@ class StoreLink:
             self._changed.notify_all()
         return attachment
 
+    async def _detach(self, attachment: Attachment) -> None:
+        """Give the lease back, if there is anyone to give it to."""
+        try:
+            request = pb.DetachRequest(lease_id=attachment.lease_id)
+            await self._stub().Detach(request, timeout=_CALL_TIMEOUT)
+        except grpc.RpcError as error:
+            log.debug("detach failed: %s", error)
+
     async def _heartbeat(self, attachment: Attachment) -> None:
         try:
             await self._stub().Heartbeat(
@@ -154,7 +158,6 @@ class StoreLink:
 
     def _lose(self, reason: str) -> None:
         log.warning("lost the store: %s", reason)
-        self._lost.clear()
         with self._changed:
             self.attachment = None
 

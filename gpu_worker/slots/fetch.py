@@ -16,9 +16,9 @@ import zmq
 from torch import Tensor
 
 from common.arena import MappedArena
-from common.errors import CheckpointError, Exhausted, Unavailable
+from common.errors import CheckpointError, Exhausted, ServingError, Unavailable
 from common.expert_key import ExpertKey
-from common.messages import Done, Failed, Fault, Kind, Staged, request, unpack_reply
+from common.messages import Done, Failed, Fault, Kind, request, unpack_reply
 from gpu_worker.store_link import Attachment, StoreLink
 
 Wanted = tuple[ExpertKey, Tensor]
@@ -76,6 +76,10 @@ class Fetcher:
                 self._stage(attachment, absent, deadline)
             except _StoreGone:
                 continue  # whatever is still in `absent` is asked for again, of the store's successor
+            except ServingError:
+                # Requests without a reply are left behind; with the lease ends whatever they come to pin.
+                self._link.give_up(attachment)
+                raise
         return staged
 
     def hint(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
@@ -113,17 +117,12 @@ class Fetcher:
                 continue  # the answer to a hint or a release, or to a request given up before
             if isinstance(reply, Failed):
                 self._raise(attachment, reply)
-            elif self._copy(attachment, reply, key, absent[key]):
+            whole = attachment.arena.read(key, absent[key])
+            self._send(socket, attachment, Kind.RELEASE, [key])
+            if whole:
                 del absent[key]
             else:  # the lease ended and the frame was reused: ask again
                 asked[self._send(socket, attachment, Kind.STAGE, [key])] = key
-
-    def _copy(self, attachment: Attachment, reply: Staged, key: ExpertKey, slot: Tensor) -> bool:
-        entry = attachment.arena.entry(key)
-        whole = (entry.frame, entry.generation) == (reply.frame, reply.generation)
-        whole = whole and attachment.arena.read(key, slot)
-        self._send(self._connect(attachment), attachment, Kind.RELEASE, [key])
-        return whole
 
     def _raise(self, attachment: Attachment, reply: Failed) -> None:
         if reply.fault is Fault.NO_LEASE:
