@@ -17,8 +17,13 @@ from tests.system.processes import Pair, eventually
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
-def segments() -> set[Path]:
-    return set(SEGMENT_DIRECTORY.glob(f"expert-serving-{os.getuid()}-*"))
+def segments(pair: Pair) -> list[Path]:
+    """Shared memory of any store this pair has had."""
+    return [
+        path
+        for process in pair.processes
+        for path in SEGMENT_DIRECTORY.glob(f"expert-serving-{os.getuid()}-{process.popen.pid}-*")
+    ]
 
 
 class Background:
@@ -64,7 +69,6 @@ def test_killing_the_worker_frees_its_leases_and_a_new_one_serves_within_five_se
 
 
 def test_killing_the_store_with_everything_in_ram_disturbs_nobody(pair: Pair) -> None:
-    before = segments()
     pair.start_store()
     eventually(lambda: _ready_frames(pair) == 40, 30, "loading")
     pair.start_worker("--slots", "2")
@@ -82,7 +86,7 @@ def test_killing_the_store_with_everything_in_ram_disturbs_nobody(pair: Pair) ->
     assert pair.generate(PROMPT, 300).token_ids == expected.token_ids
     pair.worker.stop()
     pair.store.stop()
-    assert segments() == before
+    assert segments(pair) == []
     assert [path.name for path in pair.runtime.iterdir() if path.suffix != ".log"] == []
 
 
@@ -132,13 +136,12 @@ def test_a_cancelled_request_makes_room_for_the_next(pair: Pair) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_both_in_good_order(pair: Pair, number: int) -> None:
-    before = segments()
     pair.start_store()
     pair.start_worker()
     for process in (pair.worker, pair.store):
         process.signal(number)
         assert process.popen.wait(20) == 0, process.log.read_text()
-    assert segments() == before
+    assert segments(pair) == []
     assert [path.name for path in pair.runtime.iterdir() if path.suffix != ".log"] == []
 
 
