@@ -23,7 +23,10 @@ _UNIX_PATH_LIMIT = 100  # sockaddr_un holds 107 bytes; the data plane adds a suf
 def runtime_directory() -> Path:
     """The directory of sockets, made owner-only; $EXPERT_SERVING_RUNTIME_DIR overrides it."""
     path = Path(os.environ.get("EXPERT_SERVING_RUNTIME_DIR") or _user_runtime_directory())
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the runtime directory {path}: {error.strerror}") from None
     status = path.stat()
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise ConfigError(f"runtime directory {path} must belong to you alone (mode 0700)")

@@ -128,7 +128,6 @@ class OwnedArena(Arena):
 
     def __init__(self, shape: ArenaShape) -> None:
         """Raises Exhausted when shared memory cannot hold the arena."""
-        reclaim_dead_segments()
         available = os.statvfs(SEGMENT_DIRECTORY)
         if shape.size > available.f_bavail * available.f_frsize:
             free = format_bytes(available.f_bavail * available.f_frsize)
@@ -137,15 +136,20 @@ class OwnedArena(Arena):
                 f"{free} free; give a smaller --ram, or enlarge {SEGMENT_DIRECTORY}"
             )
         self._file = os.open(SEGMENT_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        os.ftruncate(self._file, shape.size)
-        path = SEGMENT_DIRECTORY / f"{_segment_prefix()}{os.getpid()}-{os.urandom(4).hex()}.arena"
-        # With a directory descriptor Python calls linkat, which follows the link; link(2) would not.
-        os.link(f"/proc/self/fd/{self._file}", path, src_dir_fd=self._file, follow_symlinks=True)
-        mapping = mmap.mmap(self._file, shape.size)
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-        mapping[: _HEADER.size] = shape.pack()
-        super().__init__(path, shape, mapping)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            os.ftruncate(self._file, shape.size)
+            mapping = mmap.mmap(self._file, shape.size)
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+            mapping[: _HEADER.size] = shape.pack()
+            path = SEGMENT_DIRECTORY / f"{_segment_prefix()}{os.getpid()}-{os.urandom(4).hex()}.arena"
+            super().__init__(path, shape, mapping)
+            # Last, so that nothing named is left by a failure above. With a directory descriptor Python calls
+            # linkat, which follows the link; link(2) would not.
+            os.link(f"/proc/self/fd/{self._file}", path, src_dir_fd=self._file, follow_symlinks=True)
+        except BaseException:
+            os.close(self._file)
+            raise
         self.page_locked = True
         self._committed = [False] * shape.frames
 
@@ -219,13 +223,14 @@ def reclaim_dead_segments() -> list[Path]:
     removed = []
     for path in SEGMENT_DIRECTORY.glob(f"{_segment_prefix()}*.arena"):
         try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue  # gone by now, or put there by another user
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-            removed.append(path)
+            if os.fstat(file).st_uid == os.getuid():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+                removed.append(path)
         except BlockingIOError:
             pass  # its store lives
         finally:

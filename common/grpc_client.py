@@ -38,7 +38,7 @@ _BY_STATUS: dict[grpc.StatusCode, type[errors.ServingError]] = {
 def translate(error: grpc.RpcError, peer: object) -> errors.ServingError:
     """The `ServingError` a status stands for; `peer` is named when nobody answered."""
     code, details = error.code(), error.details() or "no details"
-    if code is grpc.StatusCode.UNAVAILABLE and "onnect" in details:
+    if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():
         return errors.Unavailable(f"nothing answers on {peer}; is it running?")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.Unavailable(f"{peer} did not answer in time")

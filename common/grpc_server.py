@@ -19,6 +19,7 @@ from common.errors import ConfigError, ServingError
 
 log = logging.getLogger(__name__)
 
+PACKAGE = "expert_serving.v1"  # of proto/*.proto
 MAX_MESSAGE_BYTES = 64 << 20
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on one port must fail, not share it
@@ -33,6 +34,7 @@ class RpcServer:
     def __init__(self, address: Address, on_fatal: Callable[[BaseException], None]) -> None:
         self.address = address
         self.server = grpc.aio.server(interceptors=[_ErrorsToStatuses(on_fatal)], options=_OPTIONS)
+        self._started = False
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in its stubs
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
@@ -46,13 +48,16 @@ class RpcServer:
         except RuntimeError:
             raise ConfigError(f"cannot listen on {self.address}: address in use, or not ours") from None
         await self.server.start()
+        self._started = True
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse
         await self._health.set("", status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace: float) -> None:
-        """Refuse new calls, give running ones `grace` seconds."""
+        """Refuse new calls, give running ones `grace` seconds. No effect before `start` has ended."""
+        if not self._started:
+            return
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace)
 
@@ -67,8 +72,8 @@ class _ErrorsToStatuses(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(details)
-        if handler is None or handler.request_streaming:  # reflection, which translates its own errors
-            return handler
+        if handler is None or not details.method.startswith(f"/{PACKAGE}."):
+            return handler  # health and reflection answer for themselves
         codecs = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -97,8 +102,6 @@ class _ErrorsToStatuses(grpc.aio.ServerInterceptor):
         return guarded
 
     async def _abort(self, context: grpc.aio.ServicerContext, error: Exception) -> None:
-        if isinstance(error, grpc.aio.AbortError):
-            raise error  # a servicer of gRPC's own has replied already
         if isinstance(error, ServingError):
             await context.abort(error.status, str(error))
         log.critical("a broken invariant ended a call", exc_info=error)

@@ -7,6 +7,7 @@ it cannot serve exactly it refuses here, with the field's name, before anything 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,14 @@ class ModelConfig:
         """Read `directory/config.json`."""
         path = directory / "config.json"
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            raw = json.loads(path.read_text())
         except FileNotFoundError:
             raise ConfigError(f"{directory} has no config.json, so it is not a model directory") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not UTF-8
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} holds no JSON object")
+        return cls.from_dict(raw)
 
     def blocks_of(self, kind: str) -> tuple[int, ...]:
         """Indices of the blocks of one kind, in order; a MoE block's place in it is its *layer*."""
@@ -107,6 +111,10 @@ class ModelConfig:
         return self.mamba_intermediate_size + 2 * self.n_groups * self.ssm_state_size
 
     def _check_numbers(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise ConfigError(f"config.json: {name} must be a number of at least 0, not {value!r}")
         for name in _POSITIVE:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -130,6 +138,7 @@ _DEFAULTS: dict[str, Any] = {
     "intermediate_size": 1,
 }  # fmt: skip
 _POSITIVE = [field.name for field in fields(ModelConfig) if field.type == "int"]
+_NUMBERS = [field.name for field in fields(ModelConfig) if field.type == "float"]
 
 
 def _check_architecture(raw: dict[str, Any]) -> None:
@@ -147,7 +156,7 @@ def _pattern(raw: dict[str, Any]) -> str:
     letters = raw.get("hybrid_override_pattern")
     if letters is None:
         words = raw.get("layers_block_type") or raw.get("layer_types")
-        if not words:
+        if not isinstance(words, list) or not words:
             raise ConfigError("config.json lacks both hybrid_override_pattern and layers_block_type")
         letters = "".join(_WORDS.get(word, "?") for word in words)
     unknown = set(letters) - {MAMBA, MOE, ATTENTION, MLP}
@@ -162,7 +171,10 @@ def _eos(raw: dict[str, Any]) -> tuple[int, ...]:
     value = raw.get("eos_token_id")
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise ConfigError(f"config.json: eos_token_id must be a token id or a list of them, not {value!r}")
+    return tuple(ids)
 
 
 def _check_divides(config: ModelConfig, whole: str, part: str) -> None:

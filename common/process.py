@@ -18,7 +18,7 @@ import uvloop
 from rich.console import Console
 from rich.markup import escape
 
-from common.errors import ServingError
+from common.errors import ConfigError, ServingError
 
 EXIT_FAILURE = 1
 EXIT_INVARIANT = 70  # sysexits.h EX_SOFTWARE: a bug of ours, not of the user
@@ -32,6 +32,8 @@ def configure_process() -> None:
     # gRPC's own notices (fork handlers, lame-duck sockets) are not for users.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     level = os.environ.get("EXPERT_SERVING_LOG", "INFO").upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ConfigError(f"EXPERT_SERVING_LOG must be DEBUG, INFO, WARNING or ERROR, not {level!r}")
     logging.basicConfig(
         level=level, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )

@@ -1,7 +1,7 @@
 """The control plane of the store: the gRPC service that workers attach to and people ask for stats.
 
 Translation only: each method reads the tables of the store and fills a message. Errors become statuses in
-one place, `common.interceptor`.
+one place, `common.grpc_server`.
 """
 
 from __future__ import annotations

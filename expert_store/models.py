@@ -30,7 +30,7 @@ from expert_store.progress_bar import progress_bar
 
 DEMO = "demo"
 # Weights and text only; nothing that a library would execute, and no copies in other formats.
-_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt"]
+_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 _LOCK_TIMEOUT = 3600.0  # seconds; far longer than packing takes
 
 
@@ -60,7 +60,8 @@ def locate_model(model: str) -> ModelLocation:
     if model == DEMO:
         return ModelLocation(_demo_directory(), DEMO)
     if directory.is_dir():
-        return ModelLocation(directory, directory.resolve().name)
+        directory = directory.resolve()  # workers open it too, from wherever they run
+        return ModelLocation(directory, directory.name)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         return ModelLocation(_download(model), model.replace("/", "--"))
     raise NotFound(f"{model} is neither a directory nor a Hugging Face id (owner/name) nor 'demo'")
@@ -68,7 +69,8 @@ def locate_model(model: str) -> ModelLocation:
 
 def cache_directory() -> Path:
     """Where packed copies are kept: EXPERT_SERVING_CACHE, or the platform's place for caches."""
-    return Path(os.environ.get("EXPERT_SERVING_CACHE") or platformdirs.user_cache_dir("expert-serving"))
+    chosen = os.environ.get("EXPERT_SERVING_CACHE") or platformdirs.user_cache_dir("expert-serving")
+    return Path(chosen).expanduser().resolve()
 
 
 def _demo_directory() -> Path:

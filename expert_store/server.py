@@ -22,7 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from common.arena import ArenaShape, OwnedArena
+from common.arena import ArenaShape, OwnedArena, reclaim_dead_segments
 from common.checkpoint.packed import PackedCheckpoint
 from common.grpc_server import RpcServer
 from common.process import EXIT_INVARIANT
@@ -55,6 +55,7 @@ class Store:
         self._stopping = asyncio.Event()
         self._console = console
         experts = model.num_layers * model.n_routed_experts
+        reclaim_dead_segments()  # before free memory is looked at
         budget = choose_frames(config.ram, stride, experts)
         log.info("arena: %d frames of %s; %s", budget.frames, format_bytes(stride), budget.reason)
         self.all_fit = budget.frames == experts

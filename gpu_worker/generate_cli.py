@@ -127,6 +127,8 @@ def _prompt(prompt: str | None, token_ids: str | None, chat: bool) -> Prompt:
     if (prompt is None) == (token_ids is None):
         raise typer.BadParameter("give either PROMPT or --token-ids")
     if token_ids is not None:
+        if chat:
+            raise typer.BadParameter("--chat takes a PROMPT, not --token-ids")
         return _parse_ids(token_ids)
     assert prompt is not None
     text = sys.stdin.read() if prompt == "-" else prompt

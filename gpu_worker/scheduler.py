@@ -56,6 +56,7 @@ class Scheduler:
         with self._changed:
             if self._stopping:
                 raise Unavailable("the worker is stopping")
+            self._drop_cancelled()
             if len(self._waiting) >= MAX_WAITING:
                 raise Exhausted(f"{MAX_WAITING} requests are waiting already; try again later")
             self._waiting.append(_Entry(job, on_end))
@@ -83,6 +84,12 @@ class Scheduler:
             self._running = None
         for entry in left:
             entry.on_end(Unavailable("the worker is stopping"))
+
+    def _drop_cancelled(self) -> None:
+        """Clients that gave up while waiting make room."""
+        for entry in [entry for entry in self._waiting if entry.job.cancelled]:
+            self._waiting.remove(entry)
+            entry.on_end(None)
 
     def _next(self) -> _Entry | None:
         with self._changed:

@@ -62,16 +62,16 @@ class StoreLink:
         """The first attachment; waits up to `timeout` seconds for the store to answer."""
         self._loop = asyncio.get_running_loop()
         deadline = self._loop.time() + timeout
-        announced = False
+        announced = ""
         while True:
             try:
                 return await self._attach()
-            except Unavailable:
+            except Unavailable as error:
                 if self._loop.time() > deadline:
                     raise
-            if not announced:
-                log.info("waiting for the store on %s", self.address)
-                announced = True
+                if str(error) != announced:
+                    log.info("waiting for the store: %s", error)
+                announced = str(error)
             await asyncio.sleep(_RETRY_PAUSE)
 
     async def keep(self) -> None:
@@ -179,5 +179,5 @@ class StoreLink:
 def _map(path: Path, layout_digest: str) -> MappedArena:
     try:
         return MappedArena(path, layout_digest)
-    except FileNotFoundError:  # the store died between its reply and now
-        raise Unavailable(f"the store's arena {path} is gone") from None
+    except OSError as error:  # the store died between its reply and now, or there is no room for the mapping
+        raise Unavailable(f"cannot map the store's arena: {error}") from None

@@ -59,7 +59,7 @@ class Manifest:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged: {error!r}") from None
-        if manifest.fingerprint != raw["fingerprint"]:
+        if manifest.fingerprint != raw.get("fingerprint"):
             raise CheckpointError(f"{path} is damaged: its fingerprint is not that of its checksums")
         return manifest
 

@@ -38,6 +38,10 @@ class LayerSlots:
         """The slot of a resident expert; no use is noted."""
         return self._resident.get(expert)
 
+    def place(self, expert: int) -> int:
+        """The slot of an expert that must be resident."""
+        return self._resident[expert]
+
     def tick(self) -> None:
         """A new step of this layer begins."""
         self._clock += 1

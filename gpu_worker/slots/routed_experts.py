@@ -145,7 +145,7 @@ class SlotExperts:
                 slots.pin(expert)
             pinned += misses
             if pinned:
-                yield [(expert, slots.lookup(expert) or 0) for expert in pinned]
+                yield [(expert, slots.place(expert)) for expert in pinned]
         finally:
             for expert in pinned:
                 slots.unpin(expert)
