@@ -1,7 +1,7 @@
 """The data plane's wire: every message between a worker (DEALER) and the store (ROUTER), one place.
 
-A message is one ZeroMQ frame: a header of 24 bytes, then `count` expert keys of 4 bytes; a STAGED reply ends
-in a frame number and a generation instead, an ERROR reply in UTF-8 text. All integers are little-endian.
+A message is one ZeroMQ frame: a header of 24 bytes, then `count` expert keys of 4 bytes, or the UTF-8 text of
+an ERROR. All integers are little-endian. Where an expert lies is said by the arena's directory alone.
 Every request gets exactly one reply, which repeats its request id. Records never travel here.
 
     STAGE    1 key     make this expert READY and pin it for my lease   -> STAGED | ERROR
@@ -23,8 +23,7 @@ MAX_KEYS = 4096
 _MAGIC = b"XSv1"
 _HEADER = struct.Struct("<4sBBHQQ")
 _KEY = struct.Struct("<HH")
-_PLACE = struct.Struct("<II")
-assert (_HEADER.size, _KEY.size, _PLACE.size) == (24, 4, 8)
+assert (_HEADER.size, _KEY.size) == (24, 4)
 
 
 class Kind(IntEnum):
@@ -44,7 +43,7 @@ class Fault(IntEnum):
     NO_LEASE = 2  # the lease has expired: attach again
     NO_SUCH_EXPERT = 3
     UNREADABLE = 4  # the record could not be read from disk
-    BUSY = 5  # every frame is pinned by others
+    NO_FRAME = 5  # every frame is pinned by others, or memory is short
 
 
 # Enum's own look-up takes most of the time of parsing a message.
@@ -81,11 +80,9 @@ class Request(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """The expert is READY in `frame`, pinned for the asking lease."""
+    """The expert is READY, and pinned for the asking lease."""
 
     request_id: int
-    frame: int
-    generation: int
 
 
 class Done(NamedTuple):
@@ -102,20 +99,19 @@ Reply = Staged | Done | Failed
 
 
 def pack_reply(reply: Reply) -> bytes:
-    if isinstance(reply, Staged):
-        header = _HEADER.pack(_MAGIC, Kind.STAGED, 0, 0, reply.request_id, 0)
-        return header + _PLACE.pack(reply.frame, reply.generation)
-    if isinstance(reply, Done):
-        return _HEADER.pack(_MAGIC, Kind.DONE, 0, 0, reply.request_id, 0)
-    return _HEADER.pack(_MAGIC, Kind.ERROR, reply.fault, 0, reply.request_id, 0) + reply.text.encode()
+    if isinstance(reply, Failed):
+        header = _HEADER.pack(_MAGIC, Kind.ERROR, reply.fault, 0, reply.request_id, 0)
+        return header + reply.text.encode()
+    kind = Kind.STAGED if isinstance(reply, Staged) else Kind.DONE
+    return _HEADER.pack(_MAGIC, kind, 0, 0, reply.request_id, 0)
 
 
 def unpack_reply(data: bytes) -> Reply:
     """Raises Malformed for anything but a well-formed reply."""
     kind, fault, _, request_id, _ = _unpack_header(data)
     body = data[_HEADER.size :]
-    if kind is Kind.STAGED and len(body) == _PLACE.size:
-        return Staged(request_id, *_PLACE.unpack(body))
+    if kind is Kind.STAGED and not body:
+        return Staged(request_id)
     if kind is Kind.DONE and not body:
         return Done(request_id)
     if kind is Kind.ERROR and fault is not Fault.NONE:

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import uvloop
 from rich.console import Console
@@ -23,12 +24,15 @@ from common.errors import ConfigError, ServingError
 EXIT_FAILURE = 1
 EXIT_INVARIANT = 70  # sysexits.h EX_SOFTWARE: a bug of ours, not of the user
 
+log = logging.getLogger(__name__)
 errors_console = Console(stderr=True, highlight=False)
 
 
 def configure_process() -> None:
     """Everything this process makes is its owner's alone; logs go to stderr."""
     os.umask(0o077)
+    # Until the loop takes over: SIGTERM unwinds like SIGINT does, so that what was claimed is released.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # gRPC's own notices (fork handlers, lame-duck sockets) are not for users.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     level = os.environ.get("EXPERT_SERVING_LOG", "INFO").upper()
@@ -48,18 +52,42 @@ class Service(Protocol):
     def stop(self) -> None:
         """Ask it to end in good order; called on the loop."""
 
+    def fail(self, error: BaseException) -> None:
+        """An invariant broke: end with EXIT_INVARIANT; called on the loop."""
+
 
 def run_service(make: Callable[[], Service]) -> int:
     """Make a service on a new uvloop (gRPC binds what it makes to the running loop) and run it to its end."""
 
     async def supervised() -> int:
-        service = make()
         loop = asyncio.get_running_loop()
+        service = make()
+        loop.set_exception_handler(partial(_on_loop_exception, service))
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, _stop_once, loop, number, service.stop)
         return await service.run()
 
     return uvloop.run(supervised())
+
+
+def watch(task: asyncio.Task[None], fail: Callable[[BaseException], None]) -> asyncio.Task[None]:
+    """A task that lives as long as its service: should it raise, the service fails. Returns the task."""
+
+    def done(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("a background task failed", exc_info=error)
+            fail(error)
+
+    task.add_done_callback(done)
+    return task
+
+
+def _on_loop_exception(service: Service, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Callbacks have no caller to raise to. Our invariants are asserts; what else fails is logged."""
+    loop.default_exception_handler(context)
+    error = context.get("exception")
+    if isinstance(error, AssertionError):
+        service.fail(error)
 
 
 def _stop_once(loop: asyncio.AbstractEventLoop, number: int, stop: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 """Which frame holds which expert: the arena's book-keeping, and the choice of what leaves when RAM is short.
 
     FREE --reserve--> STAGING --publish--> READY --(evicted by reserve)--> FREE
-                         '----abandon----> FREE
+                         '----abandon----> FREE, or out of use for good (retire)
 
 A READY frame may be pinned by leases; a pinned frame is never evicted. This file neither reads disks nor
 talks to workers: `staging` moves the bytes, `miss_loop` and `control` speak.
@@ -24,6 +24,7 @@ class FrameTable:
         self._free = list(range(arena.shape.frames - 1, -1, -1))  # popped from the end: frame 0 first
         self._staging: dict[ExpertKey, int] = {}
         self._ready: OrderedDict[ExpertKey, int] = OrderedDict()  # least recently used first
+        self._retired: list[int] = []
         self._pins: dict[ExpertKey, Counter[int]] = {}
         self._generation = 0
 
@@ -72,6 +73,11 @@ class FrameTable:
         self._free.append(self._staging.pop(key))
         self._publish(key, State.ABSENT, 0)
 
+    def retire(self, key: ExpertKey) -> None:
+        """The frame has no memory behind it and never gets any: no other expert is sent there."""
+        self._retired.append(self._staging.pop(key))
+        self._publish(key, State.ABSENT, 0)
+
     def touch(self, key: ExpertKey) -> None:
         """Note a use; unknown or staging experts are ignored."""
         if key in self._ready:
@@ -98,8 +104,8 @@ class FrameTable:
             self._drop_empty(key, lease)
 
     def check_integrity(self) -> None:
-        """Conservation: free + staging + ready = all frames, each once; only ready frames are pinned."""
-        held = [*self._free, *self._staging.values(), *self._ready.values()]
+        """Conservation: free, retired, staging and ready are all frames, each once; only ready are pinned."""
+        held = [*self._free, *self._retired, *self._staging.values(), *self._ready.values()]
         assert sorted(held) == list(range(self.frames)), "a frame is lost or held twice"
         assert self._pins.keys() <= self._ready.keys(), "a pinned frame is not ready"
         assert all(min(pins.values()) > 0 for pins in self._pins.values()), "an empty pin"

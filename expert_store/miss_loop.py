@@ -13,7 +13,7 @@ from pathlib import Path
 
 import zmq
 
-from common.expert_key import ExpertKey
+from common.errors import Exhausted
 from common.messages import (
     Done,
     Failed,
@@ -65,7 +65,7 @@ class MissLoop:
     def _drain(self) -> None:
         # ZeroMQ's descriptor is edge-triggered: it signals again only after everything has been received.
         socket = self._socket
-        while int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        while not socket.closed and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             peer, data = socket.recv(), socket.recv()
             while socket.getsockopt(zmq.RCVMORE):  # not a peer of ours: one message is one frame
                 data += socket.recv()
@@ -109,14 +109,15 @@ class MissLoop:
             assert timer is not None
             timer.cancel()
             if error is not None:
-                self._reply_unasked(peer, Failed(request.request_id, Fault.UNREADABLE, f"{key}: {error}"))
+                fault = Fault.NO_FRAME if isinstance(error, Exhausted) else Fault.UNREADABLE
+                self._reply_unasked(peer, Failed(request.request_id, fault, f"{key}: {error}"))
             else:
                 self._reply_unasked(peer, self._pin(request))
 
         def on_timeout() -> None:
             self._stager.withdraw(key, on_staged)
             text = f"{key}: no frame came free within {STAGE_TIMEOUT:.0f} s; the store needs a larger --ram"
-            self._reply_unasked(peer, Failed(request.request_id, Fault.BUSY, text))
+            self._reply_unasked(peer, Failed(request.request_id, Fault.NO_FRAME, text))
 
         timer = asyncio.get_running_loop().call_later(STAGE_TIMEOUT, on_timeout)
         self._stager.demand(key, on_staged)
@@ -128,8 +129,7 @@ class MissLoop:
             return refusal
         key = request.keys[0]
         self._frames.pin(key, request.lease_id)
-        entry = self._frames.entry(key)
-        return Staged(request.request_id, entry.frame, entry.generation)
+        return Staged(request.request_id)
 
     def _release(self, request: Request) -> None:
         for key in request.keys:
@@ -139,7 +139,7 @@ class MissLoop:
     def _hint(self, request: Request) -> None:
         self.counters.hints += len(request.keys)
         for key in request.keys:
-            self._stager.hint(ExpertKey(*key))
+            self._stager.hint(key)
 
     def _reply_unasked(self, peer: bytes, reply: Reply) -> None:
         """Reply outside of `_drain`. A send may take in what has arrived and with it the descriptor's edge,

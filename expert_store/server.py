@@ -25,7 +25,7 @@ from rich.progress import (
 from common.arena import ArenaShape, OwnedArena, reclaim_dead_segments
 from common.checkpoint.packed import PackedCheckpoint
 from common.grpc_server import RpcServer
-from common.process import EXIT_INVARIANT
+from common.process import EXIT_INVARIANT, watch
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import add_ExpertStoreServicer_to_server
 from common.units import format_bytes
@@ -70,7 +70,7 @@ class Store:
             self.leases = LeaseTable(config.lease_ttl, ended=self._lease_ended)
             self.misses = MissLoop(data_path, self.frames, self.leases, self.stager)
             resources.callback(self.misses.close)
-            self.rpc = RpcServer(config.listen, on_fatal=self._fatal)
+            self.rpc = RpcServer(config.listen, on_fatal=self.fail)
             self._resources = resources.pop_all()  # the last acquired is the first to be closed
 
     def stop(self) -> None:
@@ -80,23 +80,25 @@ class Store:
     async def run(self) -> int:
         """Serve until stopped; returns the exit status."""
         add_ExpertStoreServicer_to_server(ControlService(self), self.rpc.server)
-        tasks = []
+        tasks: list[asyncio.Task[None]] = []
         try:
             await self.rpc.start(pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name)
             self.misses.start()
             await self.rpc.set_serving(True)
             log.info("ready on %s", self.config.listen)
-            tasks = [asyncio.create_task(self._preload()), asyncio.create_task(self._expire_leases())]
+            background = (self._preload(), self._expire_leases())
+            tasks = [watch(asyncio.create_task(task), self.fail) for task in background]
             await self._stopping.wait()
             log.info("stopping")
         finally:
             for task in tasks:
                 task.cancel()
-            await self.rpc.stop(_STOP_GRACE)
-            self._resources.close()
+            with self._resources:
+                await self.rpc.stop(_STOP_GRACE)
         return self.exit_status
 
-    def _fatal(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """An invariant broke: end, and say so by the exit status."""
         self.exit_status = EXIT_INVARIANT
         self.stop()
 

@@ -51,6 +51,8 @@ def available_memory() -> int:
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except OSError:
+        statistics = Path("/sys/fs/cgroup/memory.stat").read_text().split()
+        used -= int(statistics[statistics.index("inactive_file") + 1])  # page cache, given up when needed
+    except (OSError, ValueError):  # no such control group
         return available
     return available if limit == "max" else min(available, max(0, int(limit) - used))

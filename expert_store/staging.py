@@ -18,7 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from common.checkpoint.packed import PackedCheckpoint
-from common.errors import CheckpointError
+from common.errors import CheckpointError, Exhausted
 from common.expert_key import ExpertKey
 from expert_store.frames import FrameTable
 
@@ -194,6 +194,8 @@ class Stager:
     def _settle(self, key: ExpertKey, error: BaseException | None) -> None:
         if error is None:
             self.frames.publish(key)
+        elif isinstance(error, Exhausted):
+            self.frames.retire(key)
         else:
             self.frames.abandon(key)
         for on_staged in self._demands.pop(key, []):

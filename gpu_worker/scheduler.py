@@ -62,13 +62,14 @@ class Scheduler:
             self._waiting.append(_Entry(job, on_end))
             self._changed.notify()
 
-    def stop(self, timeout: float) -> None:
-        """Fail what waits and what runs, and end the thread."""
+    def stop(self, timeout: float) -> bool:
+        """Fail what waits and what runs, and end the thread; False if its step has not ended by then."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

@@ -12,7 +12,7 @@ import time
 from functools import partial
 
 from common.grpc_server import RpcServer
-from common.process import EXIT_INVARIANT
+from common.process import EXIT_INVARIANT, watch
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import add_GpuWorkerServicer_to_server
 from gpu_worker.config import WorkerConfig
@@ -35,7 +35,7 @@ class Worker:
         self.config = config
         self.started = time.monotonic()
         self.link = StoreLink(config.store, name)
-        self._rpc = RpcServer(config.listen, on_fatal=self._fatal)
+        self._rpc = RpcServer(config.listen, on_fatal=self.fail)
         self._exit_status = 0
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -57,19 +57,19 @@ class Worker:
                 await stopping
             log.info("stopping")
         finally:
-            for task in (starting, stopping, *self._tasks):
-                task.cancel()
+            starting.cancel()
+            stopping.cancel()
             await self._close()
         return self._exit_status
 
     async def _start(self) -> None:
         attachment = await self.link.attach(ATTACH_TIMEOUT)
-        self._tasks.append(asyncio.create_task(self.link.keep()))
+        self._tasks.append(watch(asyncio.create_task(self.link.keep()), self.fail))
         # In a thread, so that heartbeats go on.
         self._model = await asyncio.to_thread(load_model, self.config, attachment, self.link)
         loop = asyncio.get_running_loop()
         self._scheduler = Scheduler(
-            self._model.engine, on_fatal=lambda error: loop.call_soon_threadsafe(partial(self._fatal, error))
+            self._model.engine, on_fatal=lambda error: loop.call_soon_threadsafe(partial(self.fail, error))
         )
         self._scheduler.start()
         service = GenerationService(self, self._model, self._scheduler)
@@ -79,12 +79,22 @@ class Worker:
         log.info("ready on %s after %.1f s", self.config.listen, time.monotonic() - self.started)
 
     async def _close(self) -> None:
-        await self._rpc.stop(_STOP_GRACE)
-        if self._scheduler is not None and self._model is not None:
-            await asyncio.to_thread(self._scheduler.stop, _STEP_TIMEOUT)
-            self._model.fetcher.close()
-        await self.link.close()
+        """Running and waiting requests first, so that each still gets its ending; then the server."""
+        try:
+            self.link.interrupt()
+            if self._scheduler is not None and self._model is not None:
+                if await asyncio.to_thread(self._scheduler.stop, _STEP_TIMEOUT):
+                    self._model.fetcher.close()
+                else:
+                    log.error("the step in progress did not end within %g s", _STEP_TIMEOUT)
+                    self._exit_status = EXIT_INVARIANT
+            await self._rpc.stop(_STOP_GRACE)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self.link.close()
 
-    def _fatal(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """An invariant broke: end, and say so by the exit status."""
         self._exit_status = EXIT_INVARIANT
         self.stop()

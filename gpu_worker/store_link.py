@@ -52,6 +52,7 @@ class StoreLink:
         self.address = address
         self.attachment: Attachment | None = None
         self.last_attachment: Attachment | None = None
+        self.interrupted = False
         self._worker = worker
         self._changed = threading.Condition()
         self._given_up: asyncio.Queue[Attachment] = asyncio.Queue()
@@ -96,10 +97,25 @@ class StoreLink:
             await self._detach(attachment)
         await self._channel.close(grace=None)
 
+    def interrupt(self) -> None:
+        """The worker is stopping: whoever waits for the store waits no more."""
+        with self._changed:
+            self.interrupted = True
+            self._changed.notify_all()
+
+    def check_interrupted(self) -> None:
+        """Raises Unavailable once the worker is stopping."""
+        if self.interrupted:
+            raise Unavailable("the worker is stopping")
+
     def wait_attached(self, timeout: float) -> Attachment:
         """In the engine's thread: the attachment, waiting for a lost store to return; else Unavailable."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self.attachment is not None, timeout):
+            returned = self._changed.wait_for(
+                lambda: self.attachment is not None or self.interrupted, timeout
+            )
+            self.check_interrupted()
+            if not returned:
                 raise Unavailable(
                     f"the expert store on {self.address} is gone and did not return within {timeout:g} s"
                 )

@@ -103,13 +103,12 @@ class Fetcher:
         socket = self._connect(attachment)
         asked = {self._send(socket, attachment, Kind.STAGE, [key]): key for key in absent}
         while absent:
+            self._link.check_interrupted()
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the store did not stage {next(iter(absent))} in {FETCH_TIMEOUT:.0f} s")
             if not socket.poll(_POLL_MS):
                 if self._link.attachment is not attachment:
                     raise _StoreGone
-                if time.monotonic() > deadline:
-                    raise Unavailable(
-                        f"the store did not stage {next(iter(absent))} in {FETCH_TIMEOUT:.0f} s"
-                    )
                 continue
             reply = unpack_reply(socket.recv())
             key = asked.pop(reply.request_id, None)
@@ -128,7 +127,7 @@ class Fetcher:
         if reply.fault is Fault.NO_LEASE:
             self._link.give_up(attachment)
             raise _StoreGone
-        if reply.fault is Fault.BUSY:
+        if reply.fault is Fault.NO_FRAME:
             raise Exhausted(reply.text)
         raise CheckpointError(f"the store could not stage an expert: {reply.text}")
 
@@ -151,7 +150,8 @@ class Fetcher:
         try:
             socket.send(request(kind, request_id, attachment.lease_id, keys), zmq.NOBLOCK)
         except zmq.Again:
-            if kind is Kind.STAGE:  # a full queue means that nobody reads: wait for the link to notice
+            if kind is Kind.STAGE:  # a full queue means that nobody reads
+                self._link.give_up(attachment)
                 raise _StoreGone from None
         return request_id
 

@@ -21,7 +21,6 @@ from common.messages import (
 )
 
 U64 = st.integers(0, (1 << 64) - 1)
-U32 = st.integers(0, (1 << 32) - 1)
 KEYS = st.builds(ExpertKey, st.integers(0, 65535), st.integers(0, 65535))
 REQUESTS = st.one_of(
     st.builds(Request, st.just(Kind.STAGE), U64, U64, st.tuples(KEYS)),
@@ -30,7 +29,7 @@ REQUESTS = st.one_of(
     ),
 )
 REPLIES = st.one_of(
-    st.builds(Staged, U64, U32, U32),
+    st.builds(Staged, U64),
     st.builds(Done, U64),
     st.builds(Failed, U64, st.sampled_from([fault for fault in Fault if fault]), st.text(max_size=80)),
 )

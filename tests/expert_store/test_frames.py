@@ -23,6 +23,7 @@ class FrameMachine(RuleBasedStateMachine):
         super().__init__()
         self.arena = OwnedArena(SHAPE)
         self.table = FrameTable(self.arena)
+        self.usable = SHAPE.frames
         self.staging: set[ExpertKey] = set()
         self.pins: Counter[tuple[ExpertKey, int]] = Counter()
 
@@ -40,18 +41,19 @@ class FrameMachine(RuleBasedStateMachine):
         if self.state(key) is not State.ABSENT:
             return
         ready = {k for k in self.keys() if self.state(k) is State.READY}
-        room = SHAPE.frames > len(ready) + len(self.staging) or (evict and bool(ready - self.pinned()))
+        room = self.usable > len(ready) + len(self.staging) or (evict and bool(ready - self.pinned()))
         frame = self.table.reserve(key, evict)
         assert (frame is not None) == room
         if frame is not None:
             self.staging.add(key)
 
     @precondition(lambda self: self.staging)
-    @rule(data=st.data(), success=st.booleans())
-    def finish(self, data: st.DataObject, success: bool) -> None:
+    @rule(data=st.data(), outcome=st.sampled_from(["publish", "publish", "abandon", "retire"]))
+    def finish(self, data: st.DataObject, outcome: str) -> None:
         key = data.draw(st.sampled_from(sorted(self.staging)))
         self.staging.remove(key)
-        (self.table.publish if success else self.table.abandon)(key)
+        self.usable -= outcome == "retire"
+        getattr(self.table, outcome)(key)
 
     @rule(key=KEYS, lease=LEASES)
     def pin(self, key: ExpertKey, lease: int) -> None:

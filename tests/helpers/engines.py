@@ -29,6 +29,9 @@ class FixedLink:
     def wait_attached(self, timeout: float) -> Attachment:
         return self.attachment
 
+    def check_interrupted(self) -> None:
+        """Nobody stops these engines."""
+
     def give_up(self, attachment: Attachment) -> None:
         raise AssertionError("the lease of a fixed link cannot end")
 

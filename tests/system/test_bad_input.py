@@ -99,6 +99,7 @@ def test_score(pair: Pair, options: list[str], code: int, names: str) -> None:
     ],
 )
 def test_commands(pair: Pair, command: tuple[str, ...], names: str) -> None:
+    command = tuple(word.replace("unix:", f"unix:{pair.runtime}/") for word in command)
     done = pair.run(*command, check=False)
     assert done.returncode == 1, done.stderr
     assert names in " ".join(done.stderr.split())
@@ -172,4 +173,7 @@ def test_standard_clients_find_health_and_reflection(pair: Pair) -> None:
             check = health_pb2.HealthCheckRequest()
             status = health_pb2_grpc.HealthStub(channel).Check(check, timeout=SHORT).status
             assert status == health_pb2.HealthCheckResponse.SERVING
+            watch = health_pb2_grpc.HealthStub(channel).Watch(check, timeout=SHORT)
+            assert next(iter(watch)).status == health_pb2.HealthCheckResponse.SERVING
+            watch.cancel()
             assert service in ProtoReflectionDescriptorDatabase(channel).get_services()
