@@ -67,8 +67,9 @@ def generate(
     if json:
         print_json({"text": result.text, "token_ids": result.token_ids, **_finish_fields(result.finish)})
     else:
-        # Without a tokenizer there is no text; the ids are the answer then.
-        print("" if result.text else " ".join(map(str, result.token_ids)))
+        # Who asked by ids of a checkpoint without a tokenizer gets ids: there is no text.
+        ids = " ".join(map(str, result.token_ids))
+        print(ids if token_ids is not None and not result.text else "", flush=True)
         Console(stderr=True).print(finish_table(result.finish))
 
 

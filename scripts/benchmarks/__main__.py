@@ -42,7 +42,8 @@ def _table(results: list[Comparison]) -> Table:
     for r in results:
         table.add_row(
             r.what, r.ours, f"{r.our_rate:.4g} {r.unit}", r.theirs, f"{r.their_rate:.4g} {r.unit}",
-            f"{r.ratio:.2f}", f"{r.lowest:.2f} to {r.highest:.2f}", r.goal,
+            f"{r.ratio:.2f}", f"{r.lowest:.2f} to {r.highest:.2f}",
+            f">= {r.goal:.2f}: {'met' if r.met else 'missed'}",
         )  # fmt: skip
     return table
 

@@ -26,10 +26,14 @@ class Comparison:
     ratio: float
     lowest: float
     highest: float
-    goal: str
+    goal: float  # the least ratio that is good enough
+
+    @property
+    def met(self) -> bool:
+        return self.ratio >= self.goal
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "met": self.met}
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -44,7 +48,7 @@ def compare(
     theirs: tuple[str, Callable[[], object]],
     amount: float,
     unit: str,
-    goal: str,
+    goal: float,
     pairs: int = 7,
     prepare: Callable[[], object] = lambda: None,
 ) -> Comparison:
@@ -68,7 +72,7 @@ def comparison(
     their_times: list[float],
     amount: float,
     unit: str,
-    goal: str,
+    goal: float,
 ) -> Comparison:
     """From times in seconds, pair by pair; a ratio above 1 means that ours is faster."""
     ratios = [b / a for a, b in zip(our_times, their_times, strict=True)]

@@ -68,7 +68,7 @@ def _compare(address: Address, echo_endpoint: str) -> Comparison:
                 ours.append(_median_trip(stage))
                 theirs.append(_median_trip(bounce))
     names = ("STAGE, frame READY", "bare pyzmq echo, two processes")
-    goal = "at most 1.5x its time: ratio >= 0.667"
+    goal = 1 / 1.5  # at most one and a half times as long
     return comparison("STAGE round trip", *names, ours[1:], theirs[1:], 1.0, "trips/s", goal)
 
 
