@@ -37,6 +37,7 @@ def record_bytes(packed_model: Path) -> int:
 
 @pytest.fixture
 def pair(tmp_path: Path, packed_model: Path) -> Iterator[Pair]:
-    """A pair of its own for one test."""
+    """A pair of its own for one test. Whatever was killed in between, nothing may be left in the end."""
     with pair_of_processes(tmp_path / "run", packed_model) as pair:
         yield pair
+    assert pair.leftovers() == []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.addresses import Address
+from common.arena import SEGMENT_DIRECTORY
 from common.errors import Unavailable
 from common.grpc_client import channel_to, wait_until_serving
 from common.rpc import expert_store_pb2 as store_pb2
@@ -102,6 +103,14 @@ class Pair:
     def worker_stats(self) -> worker_pb2.WorkerStats:
         with WorkerClient(self.worker_address) as client:
             return client.stats()
+
+    def leftovers(self) -> list[Path]:
+        """Sockets, locks and shared memory of any process this pair has had."""
+        files = [path for path in self.runtime.iterdir() if path.suffix != ".log"]
+        for process in self.processes:
+            pattern = f"expert-serving-{os.getuid()}-{process.popen.pid}-*"
+            files += SEGMENT_DIRECTORY.glob(pattern)
+        return files
 
     def _start(self, address: Address, *command: str) -> Process:
         process = Process(self.runtime, *command)

@@ -1,30 +1,18 @@
 """Killing a process is a test, not a hope: what its peer does, and what is left behind."""
 
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from common.addresses import Address
-from common.arena import SEGMENT_DIRECTORY
 from common.errors import ServingError, Unavailable
 from gpu_worker.client import Generated, WorkerClient
 from tests.system.processes import Pair, eventually
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-
-
-def segments(pair: Pair) -> list[Path]:
-    """Shared memory of any store this pair has had."""
-    return [
-        path
-        for process in pair.processes
-        for path in SEGMENT_DIRECTORY.glob(f"expert-serving-{os.getuid()}-{process.popen.pid}-*")
-    ]
 
 
 class Background:
@@ -87,8 +75,7 @@ def test_killing_the_store_with_everything_in_ram_disturbs_nobody(pair: Pair) ->
     assert pair.generate(PROMPT, 300).token_ids == expected.token_ids
     pair.worker.stop()
     pair.store.stop()
-    assert segments(pair) == []
-    assert [path.name for path in pair.runtime.iterdir() if path.suffix != ".log"] == []
+    assert pair.leftovers() == []
 
 
 def test_killing_the_store_with_experts_on_disk_fails_requests_in_bounded_time(
@@ -143,8 +130,7 @@ def test_signals_end_both_in_good_order(pair: Pair, number: int) -> None:
     for process in (pair.worker, pair.store):
         process.signal(number)
         assert process.popen.wait(20) == 0, process.log.read_text()
-    assert segments(pair) == []
-    assert [path.name for path in pair.runtime.iterdir() if path.suffix != ".log"] == []
+    assert pair.leftovers() == []
 
 
 def seconds(action: Callable[[], object]) -> float:

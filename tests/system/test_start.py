@@ -1,6 +1,5 @@
 """Starting: from anywhere, in any order, and interrupted at any moment without a trace."""
 
-import os
 import signal
 import threading
 import time
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from common.arena import SEGMENT_DIRECTORY
 from common.errors import ServingError, Unavailable
 from tests.system.processes import READY, Pair, Process, eventually, pair_of_processes
 
@@ -48,9 +46,7 @@ def test_a_signal_while_starting_leaves_nothing(
         time.sleep(delay)
         process.popen.send_signal(signal.SIGTERM)
         process.popen.wait(READY)
-        assert [path.name for path in runtime.iterdir() if path.suffix != ".log"] == []
-        pattern = f"expert-serving-{os.getuid()}-{process.popen.pid}-*"
-        assert list(SEGMENT_DIRECTORY.glob(pattern)) == []
+        assert pair.leftovers() == []
 
 
 def test_a_worker_that_waits_for_the_disk_stops_at_once(pair: Pair, record_bytes: int) -> None:
