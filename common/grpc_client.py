@@ -16,10 +16,11 @@ from common.grpc_server import MAX_MESSAGE_BYTES
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Peers live on this host: seconds of back-off would only delay recovery.
+    # Peers live on this host: seconds of back-off would only delay recovery. The minimum is something else
+    # in spite of its name: how long one attempt may take, which on a busy machine can be a while.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.enable_http_proxy", 0),
 ]
 _BY_STATUS: dict[grpc.StatusCode, type[errors.ServingError]] = {

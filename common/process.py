@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol
 
 import uvloop
@@ -31,8 +32,9 @@ errors_console = Console(stderr=True, highlight=False)
 def configure_process() -> None:
     """Everything this process makes is its owner's alone; logs go to stderr."""
     os.umask(0o077)
-    # Until the loop takes over: SIGTERM unwinds like SIGINT does, so that what was claimed is released.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # Until the loop takes over: signals unwind, so that what was claimed is released.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _unwind)
     # gRPC's own notices (fork handlers, lame-duck sockets) are not for users.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     level = os.environ.get("EXPERT_SERVING_LOG", "INFO").upper()
@@ -41,6 +43,16 @@ def configure_process() -> None:
     logging.basicConfig(
         level=level, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
+
+
+_asked_to_stop = False
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    # Remembered too: raised inside some library's callback, an exit may be swallowed there.
+    global _asked_to_stop
+    _asked_to_stop = True
+    sys.exit(128 + number)
 
 
 class Service(Protocol):
@@ -65,6 +77,8 @@ def run_service(make: Callable[[], Service]) -> int:
         loop.set_exception_handler(partial(_on_loop_exception, service))
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, _stop_once, loop, number, service.stop)
+        if _asked_to_stop:
+            service.stop()
         return await service.run()
 
     return uvloop.run(supervised())
