@@ -65,6 +65,11 @@ class Address:
         """`unix:<runtime directory>/<name>.sock`."""
         return cls.parse(f"unix:{runtime_directory() / name}.sock")
 
+    @classmethod
+    def of_option(cls, text: str | None, name: str) -> Address:
+        """What a command-line option says, or the default for `name`."""
+        return cls.parse(text) if text else cls.default(name)
+
     @property
     def socket_path(self) -> Path | None:
         """The unix socket, if it is one."""

@@ -57,7 +57,7 @@ def start(
     Example: expert-store start demo
     """
     configure_process()
-    address = Address.parse(listen) if listen else Address.default("store")
+    address = Address.of_option(listen, "store")
     config = StoreConfig(model, address, bits, parse_size(ram) if ram else None)
     console = Console(stderr=True)
     claim = AddressClaim(address)
@@ -79,7 +79,7 @@ def wait(
     timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.")] = 60.0,
 ) -> None:
     """Return as soon as the store is ready to serve; fail after --timeout."""
-    wait_until_serving(_address(store), timeout)
+    wait_until_serving(Address.of_option(store, "store"), timeout)
 
 
 @app.command()
@@ -88,7 +88,7 @@ def stats(
     json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Show frames, staging and attached workers."""
-    with channel_to(_address(store)) as channel:
+    with channel_to(Address.of_option(store, "store")) as channel:
         reply = ExpertStoreStub(channel).Stats(pb.StoreStatsRequest(), timeout=10)
     if json:
         print_json(reply)
@@ -99,12 +99,8 @@ def stats(
 @app.command()
 def stop(store: StoreOption = None) -> None:
     """Stop the store in good order. Attached workers go on with what they have mapped."""
-    with channel_to(_address(store)) as channel:
+    with channel_to(Address.of_option(store, "store")) as channel:
         ExpertStoreStub(channel).Stop(pb.StopStoreRequest(), timeout=10)
-
-
-def _address(text: str | None) -> Address:
-    return Address.parse(text) if text else Address.default("store")
 
 
 def _stats_table(reply: pb.StoreStats) -> Table:

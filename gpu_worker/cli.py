@@ -64,8 +64,8 @@ def start(
     """
     configure_process()
     config = WorkerConfig(
-        store=_address(store, "store"),
-        listen=_address(listen, "worker"),
+        store=Address.of_option(store, "store"),
+        listen=Address.of_option(listen, "worker"),
         device=device,
         dtype=dtype,
         slots=slots,
@@ -93,7 +93,7 @@ def wait(
     timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.")] = 60.0,
 ) -> None:
     """Return as soon as the worker is ready to serve; fail after --timeout."""
-    wait_until_serving(_address(worker, "worker"), timeout)
+    wait_until_serving(Address.of_option(worker, "worker"), timeout)
 
 
 @app.command()
@@ -102,7 +102,7 @@ def stats(
     json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Show slots, cache hits and requests."""
-    with WorkerClient(_address(worker, "worker")) as client:
+    with WorkerClient(Address.of_option(worker, "worker")) as client:
         reply, info = client.stats(), client.model_info()
     if json:
         print_json(reply)
@@ -113,12 +113,8 @@ def stats(
 @app.command()
 def stop(worker: WorkerOption = None) -> None:
     """Stop the worker in good order."""
-    with WorkerClient(_address(worker, "worker")) as client:
+    with WorkerClient(Address.of_option(worker, "worker")) as client:
         client.stop()
-
-
-def _address(text: str | None, name: str) -> Address:
-    return Address.parse(text) if text else Address.default(name)
 
 
 def main() -> None:

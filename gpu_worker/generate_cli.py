@@ -57,7 +57,7 @@ def generate(
     }  # fmt: skip
     _check_unsigned(sampling)
     result = Generated()
-    with WorkerClient(_address(worker)) as client:
+    with WorkerClient(Address.of_option(worker, "worker")) as client:
         for event in client.generate(_prompt(prompt, token_ids, chat), **sampling):
             result.add(event)
             if not json:
@@ -106,7 +106,7 @@ def _collect_scores(
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
-        WorkerClient(_address(worker)) as client,
+        WorkerClient(Address.of_option(worker, "worker")) as client,
         Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar,
     ):
         task = bar.add_task("")
@@ -161,7 +161,3 @@ def _check_unsigned(options: dict[str, Any]) -> None:
         value = options.get(name)
         if value is not None and not 0 <= value < 1 << (64 if name == "seed" else 32):
             raise InvalidRequest(f"--{name.replace('_', '-')} must not be negative or huge: {value}")
-
-
-def _address(text: str | None) -> Address:
-    return Address.parse(text) if text else Address.default("worker")
