@@ -26,7 +26,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
     results = [result for group in chosen for result in GROUPS[group]()]
-    Console().print(_table(results))
+    Console(width=None if sys.stdout.isatty() else 160).print(_table(results))
     machine = {
         "python": platform.python_version(),
         "torch": torch.__version__,
