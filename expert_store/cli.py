@@ -58,7 +58,7 @@ def start(
     """
     configure_process()
     address = Address.of_option(listen, "store")
-    config = StoreConfig(model, address, bits, parse_size(ram) if ram else None)
+    config = StoreConfig(model, address, parse_size(ram) if ram else None)
     console = Console(stderr=True)
     claim = AddressClaim(address)
     try:

@@ -16,6 +16,5 @@ class StoreConfig:
 
     model: str
     listen: Address
-    bits: int = DEFAULT_BITS
     ram: int | None = None
     lease_ttl: float = LEASE_TTL

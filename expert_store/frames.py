@@ -43,9 +43,6 @@ class FrameTable:
     def pinned_by(self, lease: int) -> int:
         return sum(lease in pins for pins in self._pins.values())
 
-    def entry(self, key: ExpertKey) -> Entry:
-        return self.arena.entry(key)
-
     def is_ready(self, key: ExpertKey) -> bool:
         return key in self._ready
 

@@ -1,7 +1,8 @@
 """The data plane: answers workers' STAGE, RELEASE and HINT messages on the event loop.
 
 The socket is drained by a reader callback, not by awaiting each message: a STAGE for a READY frame is then
-answered within one wake-up. Each request gets exactly one reply; whatever goes wrong becomes one here.
+answered within one wake-up. Each request gets exactly one reply; what a peer or a disk does wrong becomes
+one here.
 """
 
 from __future__ import annotations

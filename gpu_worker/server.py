@@ -1,7 +1,8 @@
 """The worker process: its life from attaching to detaching, in one place.
 
-attach to the store -> load the model -> serve -> stop: refuse new calls -> end the engine's thread -> give
-the lease back. (The address is claimed before and released after, by the command line.)
+attach to the store -> load the model -> serve -> stop: end the engine's thread and every request with it,
+close the server, give the lease back.
+(The address is claimed before and released after, by the command line.)
 """
 
 from __future__ import annotations

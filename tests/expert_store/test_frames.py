@@ -31,7 +31,7 @@ class FrameMachine(RuleBasedStateMachine):
         self.arena.close()
 
     def state(self, key: ExpertKey) -> State:
-        return self.table.entry(key).state
+        return self.arena.entry(key).state
 
     def pinned(self) -> set[ExpertKey]:
         return {key for key, _ in +self.pins}
@@ -109,7 +109,7 @@ def test_the_least_recently_used_frame_leaves_first(table: FrameTable) -> None:
         table.publish(key)
     table.touch(keys[0])
     table.reserve(ExpertKey(1, 0))
-    assert [table.entry(key).state for key in keys] == [State.READY, State.ABSENT, State.READY]
+    assert [table.arena.entry(key).state for key in keys] == [State.READY, State.ABSENT, State.READY]
     assert table.evictions == 1
 
 
@@ -118,8 +118,8 @@ def test_an_entry_is_withdrawn_before_its_frame_is_given_away(table: FrameTable)
     for expert in range(3):
         table.reserve(ExpertKey(0, expert))
         table.publish(ExpertKey(0, expert))
-    generation = table.entry(ExpertKey(0, 0)).generation
+    generation = table.arena.entry(ExpertKey(0, 0)).generation
     assert table.reserve(ExpertKey(1, 1)) == 0
-    withdrawn = table.entry(ExpertKey(0, 0))
+    withdrawn = table.arena.entry(ExpertKey(0, 0))
     assert withdrawn.state is State.ABSENT
     assert withdrawn.generation > generation
