@@ -16,7 +16,7 @@ from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
 from common.units import format_bytes, parse_size
 from expert_store import files_cli
-from expert_store.config import DEFAULT_BITS, StoreConfig
+from expert_store.config import StoreConfig
 
 app = typer.Typer(
     help="Keeps every routed expert of a mixture-of-experts model, packed, in page-locked shared memory, "
@@ -43,8 +43,12 @@ def start(
     ],
     listen: Annotated[str | None, typer.Option(help=_ADDRESS_HELP, metavar="ADDRESS")] = None,
     bits: Annotated[
-        int, typer.Option(help="Bits per weight when MODEL must be packed first: 2, 3, 4, 5, 6, 8 or 16.")
-    ] = DEFAULT_BITS,
+        int | None,
+        typer.Option(
+            help="Bits per weight when MODEL must be packed first: 2, 3, 4, 5, 6, 8 or 16; default: what it "
+            "has if it is quantized, else 5."
+        ),
+    ] = None,
     ram: Annotated[
         str | None,
         typer.Option(help="Memory for experts, like 8GB; default: all of them if they fit.", metavar="SIZE"),

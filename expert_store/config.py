@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from common.addresses import Address
 
-DEFAULT_BITS = 5
 LEASE_TTL = 3.0  # seconds; a killed worker's pins are free after this
 
 

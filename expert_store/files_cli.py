@@ -15,7 +15,6 @@ from rich.console import Console
 
 from common.errors import ConfigError
 from common.units import format_bytes
-from expert_store.config import DEFAULT_BITS
 
 CheckpointDirectory = Annotated[
     Path, typer.Argument(help="A checkpoint's directory.", metavar="DIR", exists=True, file_okay=False)
@@ -29,12 +28,13 @@ def register(app: typer.Typer) -> None:
     app.command("verify")(verify)
 
 
-def check_bits_option(bits: int) -> int:
+def check_bits_option(bits: int | None) -> int | None:
     """A number of bits that records cannot have is a usage error."""
     from common.hlwq.planes import check_bits
 
     try:
-        check_bits(bits)
+        if bits is not None:
+            check_bits(bits)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
     return bits
@@ -43,16 +43,33 @@ def check_bits_option(bits: int) -> int:
 def pack(
     source: Annotated[
         str,
-        typer.Argument(help="A Hugging Face directory, a Hugging Face id, or 'demo'.", metavar="SRC"),
+        typer.Argument(help="A checkpoint's directory, a Hugging Face id, or 'demo'.", metavar="SRC"),
     ],
     destination: Annotated[Path, typer.Argument(help="The directory to make.", metavar="DST")],
     bits: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Bits per weight of the routed experts: 2, 3, 4, 5, 6, 8, or 16 for bfloat16 as it is.",
+            help="Bits per weight of the routed experts: 2, 3, 4, 5, 6, 8, or 16 for bfloat16 as it is; "
+            "default: what SRC has if it is quantized, else 5.",
             callback=check_bits_option,
         ),
-    ] = DEFAULT_BITS,
+    ] = None,
+    dense_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of the dense matrices (attention, Mamba and shared experts' projections, lm_head); "
+            "default: what SRC has, which is 16 (not packed) unless it is quantized.",
+            callback=check_bits_option,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help='Bits matrix by matrix: a JSON file like {"*.experts.*.up_proj": 3, "lm_head": 6}. The last '
+            "pattern that fits a name counts, and comes before --bits and --dense-bits.",
+            metavar="FILE",
+        ),
+    ] = None,
 ) -> None:
     """Pack SRC into DST, the form that experts are served in.
 
@@ -60,25 +77,26 @@ def pack(
     than bfloat16). All other weights, the tokenizer and the chat template are
     copied. DST appears when it is complete and must not exist before.
 
+    SRC may be packed or quantized already, in any layout that HLWQ checkpoints
+    are published in: matrices that keep their bits keep their codes.
+
     `start` packs by itself what is not packed: this command is for keeping
     or moving the result.
 
     Example: expert-store pack ~/models/nemotron ~/models/nemotron-q5 --bits 5
     """
-    from common.checkpoint import HuggingFaceCheckpoint, is_packed, packed_writer
+    from common.checkpoint import open_checkpoint, packed_writer
+    from common.checkpoint.plan import make_plan, read_recipe
     from expert_store.models import locate_model
     from expert_store.progress_bar import progress_bar
 
     location = locate_model(source)
-    if is_packed(location.directory):
-        raise ConfigError(
-            f"{location.directory} is packed already; pack the checkpoint that it was made from"
-        )
-    checkpoint = HuggingFaceCheckpoint.open(location.directory)
-    with progress_bar(Console(stderr=True), f"packing {location.name} at {bits} bits") as progress:
-        packed = packed_writer.pack(checkpoint, destination, bits, bits, progress, location.name)
+    checkpoint = open_checkpoint(location.directory)
+    plan = make_plan(checkpoint, bits, dense_bits, read_recipe(recipe) if recipe else None)
+    with progress_bar(Console(stderr=True), f"packing {location.name} at {plan.describe()}") as progress:
+        packed = packed_writer.pack(checkpoint, destination, plan, progress, location.name)
     size = format_bytes(sum(entry.bytes for entry in packed.manifest.files.values()))
-    typer.echo(f"{destination}: {packed.num_experts} experts at {bits} bits, {size} in all")
+    typer.echo(f"{destination}: {packed.num_experts} experts at {plan.describe()}, {size} in all")
 
 
 def inspect(

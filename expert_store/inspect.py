@@ -14,8 +14,8 @@ from rich.text import Text
 
 from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, open_checkpoint
 from common.checkpoint.manifest import VERSION
-from common.checkpoint.names import dense_shapes, expert_shapes
-from common.checkpoint.packed import DENSE, layer_file
+from common.checkpoint.names import dense_shapes, expert_shapes, packable_dense
+from common.checkpoint.source import WeightSource
 from common.model_config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
 from common.units import format_bytes
 
@@ -67,11 +67,10 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 def _packed(checkpoint: PackedCheckpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
-    routed = sum(manifest.files[layer_file(layer)].bytes for layer in range(manifest.layers))
     return {
         "kind": "packed",
-        "bytes": {"routed": routed, "dense": manifest.files[DENSE].bytes},
-        "bits": {"up_proj": manifest.up_bits, "down_proj": manifest.down_bits},
+        "bytes": _bytes(checkpoint),
+        "bits": _bits(checkpoint),
         "record_stride": manifest.stride,
         "codebook": manifest.codebook,
         "format_version": VERSION,
@@ -83,11 +82,10 @@ def _packed(checkpoint: PackedCheckpoint) -> dict[str, Any]:
 
 def _unpacked(checkpoint: HuggingFaceCheckpoint) -> dict[str, Any]:
     """The same keys, so that readers of the JSON need not ask for the kind first."""
-    dense = checkpoint.dense_infos.values()
     return {
         "kind": "huggingface",
-        "bytes": {"routed": checkpoint.routed_bytes, "dense": sum(info.size for info in dense)},
-        "bits": None,
+        "bytes": _bytes(checkpoint),
+        "bits": _bits(checkpoint),
         "record_stride": None,
         "codebook": None,
         "format_version": None,
@@ -95,6 +93,26 @@ def _unpacked(checkpoint: HuggingFaceCheckpoint) -> dict[str, Any]:
         "fingerprint": None,
         "synthetic": False,
     }
+
+
+def _bytes(source: WeightSource) -> dict[str, int]:
+    return {
+        "routed": source.routed_bytes,
+        "dense": sum(stored.size for stored in source.dense_stored.values()),
+    }
+
+
+def _bits(source: WeightSource) -> dict[str, object] | None:
+    """Bits of what is stored as codes, or None; one number where all matrices of a kind agree."""
+    routed, stored = source.expert_bits, source.dense_stored
+    kinds = {
+        "up_proj": [bits and bits.up for bits in routed],
+        "down_proj": [bits and bits.down for bits in routed],
+        "dense": [stored[name].bits for name in packable_dense(source.config)],
+    }
+    if not any(any(bits) for bits in kinds.values()):
+        return None
+    return {kind: bits[0] if len(set(bits)) == 1 else bits for kind, bits in kinds.items()}
 
 
 def _plain(value: object) -> str:

@@ -21,11 +21,12 @@ from typing import NamedTuple
 import platformdirs
 from rich.console import Console
 
-from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, is_packed
+from common.checkpoint import PackedCheckpoint, is_packed, open_checkpoint
 from common.checkpoint.manifest import VERSION
 from common.checkpoint.packed_writer import pack
-from common.errors import CheckpointError, NotFound, Unavailable
-from common.record import record_layout
+from common.checkpoint.plan import make_plan
+from common.errors import CheckpointError, ConfigError, NotFound, Unavailable
+from common.record import RECORD_FORMAT
 from expert_store.progress_bar import progress_bar
 
 DEMO = "demo"
@@ -41,16 +42,17 @@ class ModelLocation(NamedTuple):
     name: str
 
 
-def resolve_model(model: str, bits: int, console: Console) -> PackedCheckpoint:
-    """Open MODEL, packing it first if need be; `bits` is for that case only."""
+def resolve_model(model: str, bits: int | None, console: Console) -> PackedCheckpoint:
+    """Open MODEL, packing it first if need be; `bits` is for that case, as in `make_plan`."""
     location = locate_model(model)
     if not is_packed(location.directory):
         return _packed_copy(location, bits, console)
     checkpoint = PackedCheckpoint.open(location.directory)
-    packed_bits = {matrix.bits for matrix in checkpoint.layout.matrices}
-    if packed_bits != {bits}:
-        words = " and ".join(map(str, sorted(packed_bits)))
-        console.print(f"{location.name} is packed already, at {words} bits", markup=False)
+    if make_plan(checkpoint, bits) != checkpoint.plan:
+        raise ConfigError(
+            f"{location.name} is packed already, at {checkpoint.plan.describe()}: leave --bits away, or make "
+            f"another copy with `expert-store pack --bits {bits}`"
+        )
     return checkpoint
 
 
@@ -97,16 +99,17 @@ def _download(model: str) -> Path:
         raise Unavailable(f"cannot download {model} from Hugging Face: {reason}") from error
 
 
-def _packed_copy(location: ModelLocation, bits: int, console: Console) -> PackedCheckpoint:
-    source = HuggingFaceCheckpoint.open(location.directory)
-    layout = record_layout(source.config, bits, bits)
-    key = hashlib.sha256(f"{source.identity} {layout.digest} {VERSION}".encode()).hexdigest()[:16]
-    destination = cache_directory() / "packed" / f"{location.name}-q{bits}-{key}"
+def _packed_copy(location: ModelLocation, bits: int | None, console: Console) -> PackedCheckpoint:
+    source = open_checkpoint(location.directory)
+    plan = make_plan(source, bits)
+    described = f"{source.identity} {plan} {RECORD_FORMAT} {VERSION}"
+    key = hashlib.sha256(described.encode()).hexdigest()[:16]
+    destination = cache_directory() / "packed" / f"{location.name}-{key}"
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _locked(destination.with_name(destination.name + ".lock"), console):
         if not destination.exists():
-            with progress_bar(console, f"packing {location.name} at {bits} bits") as progress:
-                return pack(source, destination, bits, bits, progress, location.name)
+            with progress_bar(console, f"packing {location.name} at {plan.describe()}") as progress:
+                return pack(source, destination, plan, progress, location.name)
     try:
         return PackedCheckpoint.open(destination)
     except CheckpointError as error:

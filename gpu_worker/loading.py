@@ -59,7 +59,8 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     model = checkpoint.config
-    weights = build_weights(checkpoint.dense(), model, dtype, device)
+    dense = {name: checkpoint.dense_matrix(name) for name in checkpoint.dense_stored}
+    weights = build_weights(dense, model, dtype, device)
     pools = StatePools(model, SEQUENCES, model.max_position_embeddings, dtype, device)
     fetcher = Fetcher(link)
     experts = _slot_experts(config, checkpoint, weights, pools, fetcher)
@@ -88,8 +89,6 @@ def _slot_experts(
     choice = choose_slots(config, checkpoint.config, stride, weights.nbytes + pools.nbytes)
     experts = SlotExperts(
         checkpoint.layout,
-        checkpoint.codebooks(),
-        checkpoint.config.num_layers,
         choice.slots,
         POLICIES[config.policy],
         fetcher,

@@ -1,8 +1,8 @@
 """Checkpoints on disk: reading every kind this project knows, writing packed ones.
 
-`huggingface` reads an unpacked NemotronH directory, `packed` the native packed checkpoint, which
-`packed_writer` makes from the former; another layout on disk is one more module beside them and one more
-line in `open_checkpoint`. `names` says which tensors a model has, `tensor_file` what a safetensors file is,
+`source` says what any of them gives. `huggingface` reads a NemotronH directory as models are published, plain
+or in one of the published HLWQ layouts; `packed` the native packed checkpoint, which `packed_writer`
+makes from any of them by a `plan`. `names` says which tensors a model has, `tensor_file` what a safetensors file is,
 `manifest` and `checksum` what a packed directory claims about itself. Nothing here knows processes, arenas
 or devices.
 """

@@ -11,25 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from common.checkpoint.names import Shape, canonical, dense_shapes, expert_names, expert_shapes, stacked_names
+from common.checkpoint.source import Matrix, Stored, carried_files
 from common.checkpoint.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
 from common.model_config import ModelConfig
+from common.record import ExpertBits
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What travels with the weights: the shape of the model, its tokenizer and how to prompt it.
-_CARRIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 _IGNORED = "mtp."  # weights of multi-token prediction, which transformers ignores as well
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +42,7 @@ class _Place(NamedTuple):
 
 
 class HuggingFaceCheckpoint:
-    """An open directory; tensors come out under canonical names, as views of the mapped files."""
+    """An open directory, a `WeightSource`; plain tensors come out as views of the mapped files."""
 
     def __init__(self, directory: Path, config: ModelConfig, places: dict[str, _Place]) -> None:
         self.directory = directory
@@ -70,25 +66,30 @@ class HuggingFaceCheckpoint:
         return hashlib.sha256(config + json.dumps(stats).encode()).hexdigest()[:16]
 
     @property
-    def dense_infos(self) -> dict[str, TensorInfo]:
-        """Dtype and shape of every dense tensor, by canonical name."""
-        return {name: self._places[name].info for name in self._dense_shapes}
+    def synthetic(self) -> bool:
+        return False
+
+    @cached_property
+    def dense_stored(self) -> dict[str, Stored]:
+        infos = {name: self._places[name].info for name in self._dense_shapes}
+        return {name: Stored(info.shape, info.dtype, info.size) for name, info in infos.items()}
+
+    @property
+    def expert_bits(self) -> tuple[ExpertBits | None, ...]:
+        return (None,) * self.config.num_layers
 
     @property
     def routed_bytes(self) -> int:
-        """Bytes of all routed experts as they are stored here."""
         return sum(place.info.size for name, place in self._places.items() if name not in self._dense_shapes)
 
     def carried_files(self) -> list[Path]:
-        """The small files that a packed checkpoint takes over: config, tokenizer, chat template."""
-        return [path for name in _CARRIED if (path := self.directory / name).is_file()]
+        return carried_files(self.directory)
 
-    def dense(self) -> Iterator[tuple[str, Tensor]]:
-        """Every dense tensor by canonical name."""
-        for name in self._dense_shapes:
-            yield name, self._tensor(name)
+    def dense_matrix(self, name: str) -> Matrix:
+        """One dense tensor, as a view of the mapped file."""
+        return self._tensor(name)
 
-    def expert(self, key: ExpertKey) -> tuple[Tensor, Tensor]:
+    def expert(self, key: ExpertKey) -> tuple[Matrix, Matrix]:
         """The up (out, in) and down (out, in) projections of one routed expert."""
         names = expert_names(self.config, key)
         if names[0] in self._places:

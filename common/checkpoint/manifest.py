@@ -17,20 +17,20 @@ from common.checkpoint.checksum import FileEntry, checksum
 from common.errors import CheckpointError
 
 MANIFEST = "packed.json"
-FORMAT, VERSION = "expert-serving packed checkpoint", 1
+FORMAT, VERSION = "expert-serving packed checkpoint", 2
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The record layout, where the weights came from, and every other file's size and checksum."""
 
-    up_bits: int
-    down_bits: int
+    expert_bits: list[list[int]]  # up and down, layer by layer
+    dense_bits: dict[str, int]  # of the dense matrices that are packed, by canonical name
     stride: int
-    layout: str  # RecordLayout.digest
+    layout: str  # RecordLayouts.digest
     layers: int
     experts: int  # in each layer
-    codebook: str  # "converged", or "none" where both projections are raw
+    codebook: str  # where codebooks come from: "converged", "source" (carried over), "mixed", "none"
     source: dict[str, str]
     files: dict[str, FileEntry]
     synthetic: bool = False  # random weights in a real shape, for benchmarks
@@ -70,6 +70,11 @@ class Manifest:
         for name, kind in get_type_hints(cls).items():
             if not isinstance(values[name], getattr(kind, "__origin__", kind)):
                 raise TypeError(f"{name} is {values[name]!r}")
+        pairs = values["expert_bits"]
+        if not all(isinstance(pair, list) and [type(bits) for bits in pair] == [int, int] for pair in pairs):
+            raise TypeError(f"expert_bits is {pairs!r}")
+        if not all(type(bits) is int for bits in values["dense_bits"].values()):
+            raise TypeError(f"dense_bits is {values['dense_bits']!r}")
         return cls(**values)
 
     def check_sizes(self, directory: Path) -> None:
@@ -116,8 +121,9 @@ class Manifest:
 def _check_version(path: Path, raw: dict[str, Any]) -> None:
     if raw.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of a packed checkpoint")
-    if raw["version"] > VERSION:
+    if raw["version"] != VERSION:
+        remedy = "install a newer expert-serving, or pack" if raw["version"] > VERSION else "pack"
         raise CheckpointError(
             f"{path} is of version {raw['version']}, and this program reads version {VERSION}: "
-            "install a newer expert-serving, or pack the model again"
+            f"{remedy} the model again"
         )

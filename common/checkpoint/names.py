@@ -31,6 +31,14 @@ def dense_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
+def packable_dense(config: ModelConfig) -> tuple[str, ...]:
+    """The dense matrices that may be kept packed: projections and lm_head.
+
+    Embeddings are looked up by row, and what routes, normalises or decides recurrences needs its digits.
+    """
+    return tuple(name for name in dense_shapes(config) if name.endswith(("_proj.weight", "lm_head.weight")))
+
+
 def expert_shapes(config: ModelConfig) -> tuple[Shape, Shape]:
     """Shapes (out, in) of one routed expert's up and down projection."""
     hidden, intermediate = config.hidden_size, config.moe_intermediate_size

@@ -2,24 +2,28 @@
 
 `config.json` and the tokenizer's files are the source's own. `experts-LLLLL.safetensors` holds one layer: a
 uint8 tensor `records` (experts, stride) whose data begin at a multiple of 4096, so that aligned reads put
-records straight into frames. `dense.safetensors` holds the dense weights under canonical names, and the
-codebooks, one a layer and projection. `packed.json` is the manifest. Everything is checked from headers and
-sizes at open; reading every byte again is `Manifest.damaged_files`.
+records straight into frames. `dense.safetensors` holds the dense weights under canonical names; a matrix that
+is kept packed lies there as one run of bytes, `NAME.packed` instead of `NAME.weight`. `packed.json` is the
+manifest. Everything is checked from headers and sizes at open; reading every byte again is
+`Manifest.damaged_files`.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
 from common.checkpoint.manifest import MANIFEST, Manifest
-from common.checkpoint.names import dense_shapes
+from common.checkpoint.names import dense_shapes, packable_dense
+from common.checkpoint.plan import BitPlan
+from common.checkpoint.source import Matrix, Stored, carried_files
 from common.checkpoint.tensor_file import DATA_ALIGNMENT, WEIGHT_DTYPES, TensorFile
 from common.errors import CheckpointError
-from common.hlwq.planes import RAW_BITS
+from common.expert_key import ExpertKey
 from common.model_config import ModelConfig
-from common.record import MatrixLayout, RecordLayout, record_layout
+from common.record import ExpertBits, MatrixLayout, RecordLayouts, matrix_layout, record_layouts
 
 DENSE = "dense.safetensors"
 RECORDS = "records"
@@ -35,16 +39,24 @@ def layer_file(layer: int) -> str:
     return f"experts-{layer:05d}.safetensors"
 
 
-def codebook_name(matrix: MatrixLayout) -> str:
-    """Name of the tensor that holds the codebooks of one projection, float32 (layers, levels)."""
-    return f"hlwq.codebooks.{matrix.name}"
+def packed_name(name: str) -> str:
+    """Name of the tensor that holds a packed dense matrix, from the canonical name."""
+    return name.removesuffix(".weight") + ".packed"
+
+
+def dense_layouts(config: ModelConfig, bits: dict[str, int]) -> dict[str, tuple[MatrixLayout, int]]:
+    """Layout and size of each packed dense matrix, by canonical name."""
+    shapes = dense_shapes(config)
+    return {
+        name: matrix_layout(name, shapes[name][0], shapes[name][1], count) for name, count in bits.items()
+    }
 
 
 class PackedCheckpoint:
-    """An open packed checkpoint; `open` is the way to get one."""
+    """An open packed checkpoint, a `WeightSource`; `open` is the way to get one."""
 
     def __init__(
-        self, directory: Path, manifest: Manifest, config: ModelConfig, layout: RecordLayout
+        self, directory: Path, manifest: Manifest, config: ModelConfig, layout: RecordLayouts
     ) -> None:
         self.directory = directory
         self.manifest = manifest
@@ -52,14 +64,14 @@ class PackedCheckpoint:
         self.layout = layout
         self._layers = [TensorFile(directory / layer_file(layer)) for layer in range(config.num_layers)]
         self._dense = TensorFile(directory / DENSE)
+        self._dense_layouts = dense_layouts(config, manifest.dense_bits)
 
     @classmethod
     def open(cls, directory: Path) -> PackedCheckpoint:
         """Check manifest, layout, sizes and headers; raises ConfigError or CheckpointError."""
         manifest = Manifest.read(directory)
         config = ModelConfig.from_directory(directory)
-        layout = record_layout(config, manifest.up_bits, manifest.down_bits)
-        _check_claims(directory, manifest, config, layout)
+        layout = _check_claims(directory, manifest, config)
         checkpoint = cls(directory, manifest, config, layout)
         checkpoint._check_headers()
         return checkpoint
@@ -69,25 +81,65 @@ class PackedCheckpoint:
         return self.manifest.fingerprint
 
     @property
+    def identity(self) -> str:
+        return self.fingerprint[:16]
+
+    @property
+    def synthetic(self) -> bool:
+        return self.manifest.synthetic
+
+    @property
+    def expert_bits(self) -> tuple[ExpertBits | None, ...]:
+        return self.layout.bits
+
+    @property
+    def plan(self) -> BitPlan:
+        """The bits that everything has here."""
+        return BitPlan(self.layout.bits, self.manifest.dense_bits)
+
+    @property
     def num_experts(self) -> int:
         """All routed experts: layers times experts in each."""
         return self.config.num_layers * self.config.n_routed_experts
+
+    @property
+    def routed_bytes(self) -> int:
+        return self.num_experts * self.layout.stride
+
+    @cached_property
+    def dense_stored(self) -> dict[str, Stored]:
+        return {name: self._stored(name) for name in dense_shapes(self.config)}
+
+    def carried_files(self) -> list[Path]:
+        return carried_files(self.directory)
 
     def records_file(self, layer: int) -> tuple[Path, int]:
         """The file of one layer's records and the offset of expert 0; expert e follows at e strides."""
         file = self._layers[layer]
         return file.path, file.data_offset
 
-    def dense(self) -> dict[str, Tensor]:
-        """Every dense weight by canonical name, as views of the mapped file."""
-        return {name: self._dense.tensor(name) for name in dense_shapes(self.config)}
+    def record(self, key: ExpertKey) -> Tensor:
+        """One record, uint8 (stride,), as a view of the mapped file."""
+        return self._layers[key.layer].tensor(RECORDS)[key.expert]
 
-    def codebooks(self) -> dict[str, Tensor | None]:
-        """For `up_proj` and `down_proj`: float32 (layers, 2**bits), or None for raw bfloat16."""
-        return {
-            matrix.name: None if matrix.bits == RAW_BITS else self._dense.tensor(codebook_name(matrix))
-            for matrix in self.layout.matrices
-        }
+    def expert(self, key: ExpertKey) -> tuple[Matrix, Matrix]:
+        """Both projections as views of the mapped file."""
+        layout, record = self.layout[key.layer], self.record(key)
+        return layout.up.view(record), layout.down.view(record)
+
+    def dense_matrix(self, name: str) -> Matrix:
+        """One dense weight, as a view of the mapped file."""
+        if name not in self._dense_layouts:
+            return self._dense.tensor(name)
+        layout, _ = self._dense_layouts[name]
+        return layout.view(self._dense.tensor(packed_name(name)))
+
+    def _stored(self, name: str) -> Stored:
+        if name in self._dense_layouts:
+            layout, size = self._dense_layouts[name]
+            return Stored((layout.out_features, layout.in_features), "BF16", size, layout.bits)
+        info = self._dense.tensors[name]
+        return Stored(info.shape, info.dtype, info.size)
 
     def _check_headers(self) -> None:
         shape = (self.config.n_routed_experts, self.layout.stride)
@@ -98,22 +150,32 @@ class PackedCheckpoint:
                     f"{file.path}: the records must stand alone and begin at a multiple of {DATA_ALIGNMENT}"
                 )
         for name, dense_shape in dense_shapes(self.config).items():
-            self._dense.check(name, dense_shape, WEIGHT_DTYPES)
-        for matrix in self.layout.matrices:
-            if matrix.bits != RAW_BITS:
-                self._dense.check(codebook_name(matrix), (self.config.num_layers, 1 << matrix.bits), ("F32",))
+            if name in self._dense_layouts:
+                self._dense.check(packed_name(name), (self._dense_layouts[name][1],), ("U8",))
+            else:
+                self._dense.check(name, dense_shape, WEIGHT_DTYPES)
 
 
-def _check_claims(directory: Path, manifest: Manifest, config: ModelConfig, layout: RecordLayout) -> None:
+def _check_claims(directory: Path, manifest: Manifest, config: ModelConfig) -> RecordLayouts:
     """The manifest speaks of this model, this record layout and the files that lie here."""
-    claimed = (manifest.layout, manifest.stride, manifest.layers, manifest.experts)
-    if claimed != (layout.digest, layout.stride, config.num_layers, config.n_routed_experts):
+    if manifest.layers != config.num_layers or len(manifest.expert_bits) != config.num_layers:
+        raise CheckpointError(
+            f"{directory}: {MANIFEST} speaks of {manifest.layers} layers and the bits of "
+            f"{len(manifest.expert_bits)}, config.json of {config.num_layers}: pack the model again"
+        )
+    layout = record_layouts(config, [ExpertBits(up, down) for up, down in manifest.expert_bits])
+    claimed = (manifest.layout, manifest.stride, manifest.experts)
+    if claimed != (layout.digest, layout.stride, config.n_routed_experts):
         raise CheckpointError(
             f"{directory}: the records were packed in another layout than config.json and {MANIFEST} imply "
             f"(layout {manifest.layout}, expected {layout.digest}): pack the model again"
         )
+    unknown = sorted(manifest.dense_bits.keys() - set(packable_dense(config)))
+    if unknown:
+        raise CheckpointError(f"{directory / MANIFEST} has packed dense matrices that are none: {unknown[0]}")
     needed = [DENSE, "config.json", *map(layer_file, range(config.num_layers))]
     unlisted = [name for name in needed if name not in manifest.files]
     if unlisted:
         raise CheckpointError(f"{directory / MANIFEST} does not list {', '.join(unlisted)}")
     manifest.check_sizes(directory)
+    return layout

@@ -1,41 +1,46 @@
-"""Writes a packed checkpoint from an unpacked one: streamed, checksummed, and visible only when complete.
+"""Writes a packed checkpoint from any other: streamed, checksummed, and visible only when complete.
 
 Records go to disk as they are packed, so memory holds a few experts whatever the model's size. The same
-source and bits give the same bytes. The form on disk is described in `packed`; `packing` quantizes.
+source and plan give the same bytes. The form on disk is described in `packed`; `packing` quantizes.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common.checkpoint.checksum import ChecksummedFile, FileEntry
-from common.checkpoint.huggingface import HuggingFaceCheckpoint
 from common.checkpoint.manifest import MANIFEST, Manifest
-from common.checkpoint.packed import DENSE, RECORDS, PackedCheckpoint, codebook_name, layer_file
-from common.checkpoint.packing import codebook, packed_records
+from common.checkpoint.packed import (
+    DENSE,
+    RECORDS,
+    PackedCheckpoint,
+    dense_layouts,
+    layer_file,
+    packed_name,
+)
+from common.checkpoint.packing import packed, packed_records
 from common.checkpoint.partial import partial_directory
+from common.checkpoint.plan import BitPlan
+from common.checkpoint.source import Matrix, WeightSource
 from common.checkpoint.tensor_file import DATA_ALIGNMENT, ELEMENT_BYTES, TensorInfo, data, header
 from common.errors import CheckpointError, Exhausted
-from common.record import RecordLayout, record_layout
+from common.expert_key import ExpertKey
+from common.hlwq.matrix import PackedMatrix
+from common.hlwq.planes import RAW_BITS
+from common.record import MatrixLayout, RecordLayouts, record_layouts
 from common.units import format_bytes
 
 Progress = Callable[[int, int], None]
 
 
 def pack(
-    source: HuggingFaceCheckpoint,
-    destination: Path,
-    up_bits: int,
-    down_bits: int,
-    progress: Progress,
-    name: str | None = None,
+    source: WeightSource, destination: Path, plan: BitPlan, progress: Progress, name: str | None = None
 ) -> PackedCheckpoint:
     """Pack `source` into `destination`, which must not exist; `progress` gets experts done and in all.
 
@@ -43,83 +48,111 @@ def pack(
     (bits), CheckpointError (weights that are not finite, the destination) or Exhausted (the disk is full),
     and then leaves nothing behind.
     """
-    layout = record_layout(source.config, up_bits, down_bits)
-    _check_room(source, layout, destination)
+    layouts = record_layouts(source.config, plan.experts)
+    _check_room(source, layouts, plan, destination)
     with partial_directory(destination) as partial:
         files = {path.name: _copy(path, partial / path.name) for path in source.carried_files()}
-        files[DENSE] = _write_dense(partial / DENSE, source, layout)
-        files |= _write_layers(partial, source, layout, progress)
-        manifest = _manifest(source, layout, files, name or source.directory.resolve().name)
+        files[DENSE] = _write_dense(partial / DENSE, source, plan)
+        files |= _write_layers(partial, source, layouts, progress)
+        manifest = _manifest(source, layouts, plan, files, name or source.directory.resolve().name)
         with ChecksummedFile(partial / MANIFEST) as file:
             file.write(manifest.to_json().encode())
     return PackedCheckpoint.open(destination)
 
 
 def _write_layers(
-    directory: Path, source: HuggingFaceCheckpoint, layout: RecordLayout, progress: Progress
+    directory: Path, source: WeightSource, layouts: RecordLayouts, progress: Progress
 ) -> dict[str, FileEntry]:
     layers, experts = source.config.num_layers, source.config.n_routed_experts
-    head = header({RECORDS: TensorInfo("U8", (experts, layout.stride))})
+    head = header({RECORDS: TensorInfo("U8", (experts, layouts.stride))})
     files = {}
-    # Closing the generator ends its threads, also when a write fails.
-    with closing(packed_records(source, layout)) as records:
-        for layer in range(layers):
-            with ChecksummedFile(directory / layer_file(layer)) as file:
-                file.write(head)
-                for done, record in enumerate(islice(records, experts), layer * experts + 1):
-                    file.write(data(record))
-                    progress(done, layers * experts)
-            files[layer_file(layer)] = file.entry
+    for layer in range(layers):
+        keys = [ExpertKey(layer, expert) for expert in range(experts)]
+        # Closing the generator ends its threads, also when a write fails.
+        with (
+            closing(packed_records(source, layouts, keys)) as records,
+            ChecksummedFile(directory / layer_file(layer)) as file,
+        ):
+            file.write(head)
+            for done, record in enumerate(records, layer * experts + 1):
+                file.write(data(record))
+                progress(done, layers * experts)
+        files[layer_file(layer)] = file.entry
     return files
 
 
-def _write_dense(path: Path, source: HuggingFaceCheckpoint, layout: RecordLayout) -> FileEntry:
-    """The dense weights as the source stores them, and the codebooks."""
-    infos, tensors = dict(source.dense_infos), dict(source.dense())
-    for name, codebooks in _codebooks(layout, source.config.num_layers):
-        infos[name], tensors[name] = TensorInfo("F32", tuple(codebooks.shape)), codebooks
+def _write_dense(path: Path, source: WeightSource, plan: BitPlan) -> FileEntry:
+    """The dense weights as the source stores them, but for the matrices that the plan packs."""
+    layouts = dense_layouts(source.config, plan.dense)
+    infos = {}
+    for name, stored in source.dense_stored.items():
+        if name in layouts:
+            infos[name] = TensorInfo("U8", (layouts[name][1],))
+        else:
+            infos[name] = TensorInfo(stored.dtype, stored.shape)
     order = sorted(infos, key=lambda name: -ELEMENT_BYTES[infos[name].dtype])  # wide first: all stay aligned
     with ChecksummedFile(path) as file:
-        file.write(header({name: infos[name] for name in order}))
+        file.write(header({packed_name(name) if name in layouts else name: infos[name] for name in order}))
         for name in order:
-            # The extremes are NaN if any value is; a mask of finite values would take as much memory again.
-            if not bool(torch.isfinite(torch.stack(torch.aminmax(tensors[name]))).all()):
-                raise CheckpointError(f"{source.directory}: {name}: weights are not finite")
-            file.write(data(tensors[name]))
+            try:
+                file.write(data(_dense_tensor(source.dense_matrix(name), layouts.get(name))))
+            except CheckpointError as error:
+                raise CheckpointError(f"{source.directory}: {name}: {error}") from None
     return file.entry
 
 
-def _codebooks(layout: RecordLayout, layers: int) -> Iterator[tuple[str, Tensor]]:
-    """One a layer, all the same: readers look it up by layer, so a pack may fit one to each."""
-    for matrix in layout.matrices:
-        levels = codebook(matrix.bits)
-        if levels is not None:
-            yield codebook_name(matrix), levels.repeat(layers, 1)
+def _dense_tensor(matrix: Matrix, layout: tuple[MatrixLayout, int] | None) -> Tensor:
+    """What is written of a dense weight: its packed bytes, or its values."""
+    if layout is not None:
+        run = torch.zeros(layout[1], dtype=torch.uint8)
+        layout[0].store(packed(matrix, layout[0].bits), run)
+        return run
+    if isinstance(matrix, PackedMatrix):
+        return matrix.decode(torch.bfloat16)
+    # The extremes are NaN if any value is; a mask of finite values would take as much memory again.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all()):
+        raise CheckpointError("weights are not finite")
+    return matrix
 
 
 def _manifest(
-    source: HuggingFaceCheckpoint, layout: RecordLayout, files: dict[str, FileEntry], name: str
+    source: WeightSource, layouts: RecordLayouts, plan: BitPlan, files: dict[str, FileEntry], name: str
 ) -> Manifest:
-    raw = all(codebook(matrix.bits) is None for matrix in layout.matrices)
     return Manifest(
-        up_bits=layout.up.bits,
-        down_bits=layout.down.bits,
-        stride=layout.stride,
-        layout=layout.digest,
+        expert_bits=[list(bits) for bits in plan.experts],
+        dense_bits=plan.dense,
+        stride=layouts.stride,
+        layout=layouts.digest,
         layers=source.config.num_layers,
         experts=source.config.n_routed_experts,
-        codebook="none" if raw else "converged",
+        codebook=_codebook_origin(source, plan),
         source={"name": name, "identity": source.identity},
         files=files,
+        synthetic=source.synthetic,
     )
 
 
-def _check_room(source: HuggingFaceCheckpoint, layout: RecordLayout, destination: Path) -> None:
+def _codebook_origin(source: WeightSource, plan: BitPlan) -> str:
+    """Whether codes were made here, carried over, both or neither."""
+    stored = source.dense_stored
+    pairs = [(bits, stored[name].bits) for name, bits in plan.dense.items()]
+    for bits, before in zip(plan.experts, source.expert_bits, strict=True):
+        pairs += zip(bits, before or (None, None), strict=True)
+    kept = {bits == before for bits, before in pairs if bits != RAW_BITS}
+    return {(): "none", (False,): "converged", (True,): "source"}.get(tuple(kept), "mixed")
+
+
+def _check_room(source: WeightSource, layouts: RecordLayouts, plan: BitPlan, destination: Path) -> None:
     """Refuse at once what would fail after minutes of packing."""
     if not destination.parent.is_dir():
         raise CheckpointError(f"cannot write {destination}: {destination.parent} is not a directory")
-    layer = source.config.n_routed_experts * layout.stride + DATA_ALIGNMENT
-    needed = source.config.num_layers * layer + sum(info.size for info in source.dense_infos.values())
+    layer = source.config.n_routed_experts * layouts.stride + DATA_ALIGNMENT
+    packed_sizes = {name: size for name, (_, size) in dense_layouts(source.config, plan.dense).items()}
+    dense = sum(
+        packed_sizes.get(name) or TensorInfo(stored.dtype, stored.shape).size
+        for name, stored in source.dense_stored.items()
+    )
+    needed = source.config.num_layers * layer + dense
     free = shutil.disk_usage(destination.parent).free
     if free < needed:
         raise Exhausted(

@@ -1,6 +1,6 @@
-"""Experts to records: quantize the experts of a checkpoint, several at a time, and hand them out in order.
+"""Matrices to what a plan wants of them, and experts to records, several at a time, handed out in order.
 
-Owns the parallelism of packing and names the expert whose weights cannot be packed; what becomes of the
+Owns the parallelism of packing and names the matrix whose weights cannot be packed; what becomes of the
 records is the caller's affair. One thread an expert with one thread inside each product is as fast as the
 reverse on an idle machine and several times faster on a busy one, where every small operation would wait for
 the slowest core.
@@ -9,30 +9,36 @@ the slowest core.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from common.checkpoint.huggingface import HuggingFaceCheckpoint
 from common.checkpoint.names import expert_names
+from common.checkpoint.source import Matrix, WeightSource
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
 from common.hlwq.codebook import converged_codebook
+from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import RAW_BITS
 from common.hlwq.quantize import pack_matrix
-from common.record import RecordLayout
+from common.record import RecordLayouts
 
 
-def codebook(bits: int) -> Tensor | None:
-    """The codebook that packing uses, float32 (2**bits,); none for raw bfloat16."""
-    return None if bits == RAW_BITS else converged_codebook(bits)
+def packed(matrix: Matrix, bits: int) -> PackedMatrix:
+    """`matrix` at `bits`: as it is when it has them already, else decoded if need be, and quantized anew."""
+    if isinstance(matrix, PackedMatrix):
+        if matrix.bits == bits:
+            return matrix
+        matrix = matrix.decode(torch.bfloat16 if bits == RAW_BITS else torch.float32)
+    return pack_matrix(matrix, bits, None if bits == RAW_BITS else converged_codebook(bits))
 
 
-def packed_records(source: HuggingFaceCheckpoint, layout: RecordLayout) -> Generator[Tensor, None, None]:
-    """Every record, uint8 (stride,), layer by layer and expert by expert; only a few exist at any time.
+def packed_records(
+    source: WeightSource, layouts: RecordLayouts, keys: Sequence[ExpertKey]
+) -> Generator[Tensor, None, None]:
+    """The records of `keys`, uint8 (stride,), in their order; only a few exist at any time.
 
     Until the generator is exhausted or closed, torch runs with one thread in this process.
     """
@@ -41,8 +47,8 @@ def packed_records(source: HuggingFaceCheckpoint, layout: RecordLayout) -> Gener
     pool = ThreadPoolExecutor(threads, "packing")
     pending: deque[Future[Tensor]] = deque()
     try:
-        for layer, expert in product(range(source.config.num_layers), range(source.config.n_routed_experts)):
-            pending.append(pool.submit(_record, source, layout, ExpertKey(layer, expert)))
+        for key in keys:
+            pending.append(pool.submit(_record, source, layouts, key))
             if len(pending) > 2 * threads:
                 yield pending.popleft().result()
         while pending:
@@ -52,12 +58,14 @@ def packed_records(source: HuggingFaceCheckpoint, layout: RecordLayout) -> Gener
         torch.set_num_threads(threads)
 
 
-def _record(source: HuggingFaceCheckpoint, layout: RecordLayout, key: ExpertKey) -> Tensor:
-    record = torch.zeros(layout.stride, dtype=torch.uint8)  # zero between sections, so always the same bytes
-    parts = zip(layout.matrices, source.expert(key), expert_names(source.config, key), strict=True)
-    for matrix, weight, name in parts:
+def _record(source: WeightSource, layouts: RecordLayouts, key: ExpertKey) -> Tensor:
+    record = torch.zeros(layouts.stride, dtype=torch.uint8)  # zero between sections, so always the same bytes
+    parts = zip(
+        layouts[key.layer].matrices, source.expert(key), expert_names(source.config, key), strict=True
+    )
+    for layout, matrix, name in parts:
         try:
-            matrix.store(pack_matrix(weight, matrix.bits, codebook(matrix.bits)), record)
+            layout.store(packed(matrix, layout.bits), record)
         except CheckpointError as error:
             raise CheckpointError(f"{source.directory}: {name}: {error}") from None
     return record

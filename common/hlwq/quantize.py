@@ -78,7 +78,7 @@ def pack_matrix(weight: Tensor, bits: int, codebook: Tensor | None) -> PackedMat
         raw = weight.to(torch.bfloat16).contiguous()
         if not bool(torch.isfinite(raw).all()):
             raise CheckpointError("weights are not finite")
-        return PackedMatrix(bits, weight.shape[1], (raw.view(torch.uint8),), None)
+        return PackedMatrix(bits, weight.shape[1], (raw.view(torch.uint8),), None, None)
     assert codebook is not None
     codes, norms = quantize(weight, codebook)
-    return PackedMatrix(bits, weight.shape[1], pack_planes(codes, bits), norms)
+    return PackedMatrix(bits, weight.shape[1], pack_planes(codes, bits), norms, codebook)

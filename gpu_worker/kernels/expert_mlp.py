@@ -8,13 +8,11 @@ from torch import Tensor
 from common.hlwq.matrix import PackedMatrix
 
 
-def expert_mlp(
-    x: Tensor, up: PackedMatrix, down: PackedMatrix, up_codebook: Tensor | None, down_codebook: Tensor | None
-) -> Tensor:
-    """down(relu(up(x))^2) for x (rows, hidden), in x.dtype; the codebooks are float32 (2**bits,).
+def expert_mlp(x: Tensor, up: PackedMatrix, down: PackedMatrix) -> Tensor:
+    """down(relu(up(x))^2) for x (rows, hidden), in x.dtype.
 
     A row's result depends on the rows it is computed with only through their number (the blocking of the
     matrix product), never on which slot the record lies in.
     """
-    hidden = torch.relu(up.product(x, up_codebook)).square()
-    return down.product(hidden, down_codebook)
+    hidden = torch.relu(up.product(x)).square()
+    return down.product(hidden)

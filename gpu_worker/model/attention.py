@@ -48,9 +48,9 @@ class Attention:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x (rows, hidden) to (rows, hidden); the rows' keys and values enter the pools."""
         w, rows = self.weights, x.shape[0]
-        q, k, v = (F.linear(x, proj).view(rows, -1, self.head_dim) for proj in (w.q_proj, w.k_proj, w.v_proj))
+        q, k, v = (proj(x).view(rows, -1, self.head_dim) for proj in (w.q_proj, w.k_proj, w.v_proj))
         y = self._prefill(q, k, v, step) if isinstance(step, PrefillStep) else self._decode(q, k, v, step)
-        return F.linear(y, w.o_proj)
+        return w.o_proj(y)
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, step: PrefillStep) -> Tensor:
         end = step.start + q.shape[0]

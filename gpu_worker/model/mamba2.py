@@ -70,7 +70,7 @@ class Mamba2:
         inner, heads, groups, state = (
             config.mamba_intermediate_size, config.mamba_num_heads, config.n_groups, config.ssm_state_size
         )  # fmt: skip
-        gate, xBC, dt = torch.split(F.linear(x, w.in_proj), [inner, config.conv_dim, heads], dim=-1)
+        gate, xBC, dt = torch.split(w.in_proj(x), [inner, config.conv_dim, heads], dim=-1)
         xBC, conv_state = causal_conv(xBC, w.conv1d_weight, w.conv1d_bias, conv_state)
         x, B, C = torch.split(xBC, [inner, groups * state, groups * state], dim=-1)
         x = torch.unflatten(x, -1, (heads, config.mamba_head_dim))
@@ -78,7 +78,7 @@ class Mamba2:
         dt = time_step(dt, w.dt_bias, config.time_step_min)
         y, ssm_state = self._scan(x, dt, B, C, ssm_state)
         y = gated_group_norm(y.flatten(2), gate, w.norm, config.n_groups, config.layer_norm_epsilon)
-        return F.linear(y, w.out_proj), conv_state, ssm_state
+        return w.out_proj(y), conv_state, ssm_state
 
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         A, D = self.weights.A, self.weights.D

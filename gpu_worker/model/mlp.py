@@ -12,9 +12,9 @@ from gpu_worker.model.states import Step
 from gpu_worker.model.weights import MLPWeights
 
 
-def relu2_mlp(x: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """down(relu(up(x)) squared) for x (rows, hidden); the weights as in `MLPWeights`."""
-    return F.linear(F.relu(F.linear(x, up_proj)).square(), down_proj)
+def relu2_mlp(x: Tensor, weights: MLPWeights) -> Tensor:
+    """down(relu(up(x)) squared) for x (rows, hidden)."""
+    return weights.down_proj(F.relu(weights.up_proj(x)).square())
 
 
 class MLP:
@@ -24,4 +24,4 @@ class MLP:
         self.weights = weights
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        return relu2_mlp(x, self.weights.up_proj, self.weights.down_proj)
+        return relu2_mlp(x, self.weights)

@@ -79,8 +79,7 @@ class MoE:
             # this layer's input what it will choose from its own. Before compute: staging overlaps with it.
             self.experts.hint(self.layer + 1, self._route(x, self.next_gate)[0])
         routed = self.experts.compute(self.layer, x, choices, weights)
-        shared = self.weights.shared_experts
-        return routed + relu2_mlp(x, shared.up_proj, shared.down_proj)
+        return routed + relu2_mlp(x, self.weights.shared_experts)
 
     def _route(self, x: Tensor, gate: RouterWeights) -> tuple[Tensor, Tensor]:
         return route(x, gate.weight, gate.e_score_correction_bias, self.config)

@@ -64,7 +64,7 @@ class NemotronH:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (rows, hidden_size) to logits (rows, vocab_size) float32."""
-        return F.linear(hidden, self.weights.lm_head).float()
+        return self.weights.lm_head(hidden).float()
 
     def _run(self, tokens: Tensor, step: Step) -> Tensor:
         epsilon = self.config.layer_norm_epsilon

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.expert_key import ExpertKey
-from common.record import RecordLayout
+from common.record import RecordLayouts
 from gpu_worker.kernels.expert_mlp import expert_mlp
 from gpu_worker.slots.cache import LayerSlots
 from gpu_worker.slots.fetch import Fetcher
@@ -48,16 +48,11 @@ class CacheCounters:
 
 
 class SlotExperts:
-    """Implements `RoutedExperts` over the slot pool; used by the engine's thread alone.
-
-    `codebooks` holds, for up_proj and down_proj, float32 (layers, 2**bits), or None for raw 16-bit records.
-    """
+    """Implements `RoutedExperts` over the slot pool; used by the engine's thread alone."""
 
     def __init__(
         self,
-        layout: RecordLayout,
-        codebooks: dict[str, Tensor | None],
-        layers: int,
+        layout: RecordLayouts,
         slots: int,
         policy: Policy,
         fetcher: Fetcher,
@@ -65,13 +60,11 @@ class SlotExperts:
         device: torch.device,
     ) -> None:
         self.counters = CacheCounters()
-        self.layers = [LayerSlots(slots, policy) for _ in range(layers)]
+        self.layers = [LayerSlots(slots, policy) for _ in layout.layers]
         self.hints = hints
         self._layout, self._fetcher = layout, fetcher
-        self._up_codebook = _rows(codebooks["up_proj"], layers, device)
-        self._down_codebook = _rows(codebooks["down_proj"], layers, device)
         # The pool is the weight tensor: kernels are handed slots, never copies.
-        self.pool = torch.empty(layers, slots, layout.stride, dtype=torch.uint8, device=device)
+        self.pool = torch.empty(len(layout.layers), slots, layout.stride, dtype=torch.uint8, device=device)
 
     @property
     def wants_hints(self) -> bool:
@@ -105,9 +98,8 @@ class SlotExperts:
             assert slots.pinned == 0, "a slot is still pinned between steps"
 
     def _expert(self, layer: int, slot: int, x: Tensor) -> Tensor:
-        record = self.pool[layer, slot]
-        up, down = self._layout.up.view(record), self._layout.down.view(record)
-        return expert_mlp(x, up, down, self._up_codebook[layer], self._down_codebook[layer])
+        record, layout = self.pool[layer, slot], self._layout[layer]
+        return expert_mlp(x, layout.up.view(record), layout.down.view(record))
 
     def _waves(self, layer: int, needed: list[int]) -> Iterator[list[tuple[int, int]]]:
         """Groups of (expert, slot), pinned while the caller computes from them; together all of `needed`."""
@@ -175,9 +167,3 @@ def group_by_expert(choices: Tensor) -> dict[int, Tensor]:
     order = flat.argsort(stable=True)
     experts, counts = flat[order].unique_consecutive(return_counts=True)
     return dict(zip(experts.tolist(), order.split(counts.tolist()), strict=True))
-
-
-def _rows(codebooks: Tensor | None, layers: int, device: torch.device) -> list[Tensor | None]:
-    if codebooks is None:
-        return [None] * layers
-    return list(codebooks.float().to(device))

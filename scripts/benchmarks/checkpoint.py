@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint
 from common.checkpoint.names import dense_shapes
 from common.checkpoint.packed_writer import pack
+from common.checkpoint.plan import make_plan
 from common.model_config import ModelConfig
 
 HIDDEN, INTERMEDIATE = 2688, 1856  # Nemotron-Cascade-2-30B-A3B
@@ -30,7 +31,8 @@ def packed_checkpoint() -> Iterator[PackedCheckpoint]:
         (source / "config.json").write_text(json.dumps(config))
         save_file(_tensors(ModelConfig.from_dict(config)), source / "model.safetensors")
         destination = Path(directory) / "packed"
-        yield pack(HuggingFaceCheckpoint.open(source), destination, 5, 5, lambda done, total: None)
+        checkpoint = HuggingFaceCheckpoint.open(source)
+        yield pack(checkpoint, destination, make_plan(checkpoint, 5), lambda done, total: None)
 
 
 def _config() -> dict[str, object]:

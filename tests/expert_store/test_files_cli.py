@@ -9,7 +9,9 @@ import typer
 from typer.testing import CliRunner
 
 from common.checkpoint import PackedCheckpoint
-from common.errors import CheckpointError, ConfigError
+from common.checkpoint.packed import layer_file
+from common.errors import CheckpointError
+from common.record import ExpertBits
 from expert_store import files_cli
 
 app = typer.Typer()
@@ -28,10 +30,10 @@ def run(*words: str | Path, status: int = 0) -> str:
 def test_pack_inspect_verify(pristine: Path, tmp_path: Path) -> None:
     destination = tmp_path / "packed"
     assert "16 experts at 4 bits" in run("pack", pristine, destination, "--bits", "4")
-    assert PackedCheckpoint.open(destination).layout.up.bits == 4
+    assert PackedCheckpoint.open(destination).layout.bits == (ExpertBits(4, 4),) * 2
     assert "record stride" in run("inspect", destination)
     lines = run("inspect", destination, "--json").splitlines()
-    assert len(lines) == 1 and json.loads(lines[0])["bits"] == {"up_proj": 4, "down_proj": 4}
+    assert len(lines) == 1 and json.loads(lines[0])["bits"] == {"up_proj": 4, "down_proj": 4, "dense": None}
     assert run("verify", destination).splitlines()[-1].startswith("OK: 5 files")
 
 
@@ -63,9 +65,13 @@ def test_verify_checks_that_the_files_fit_each_other(pristine_packed: Path, tmp_
         run("verify", tmp_path)
 
 
-def test_refuses_to_pack_twice(pristine_packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="packed already"):
-        run("pack", pristine_packed, tmp_path / "again")
+def test_repacking_carries_codes_over(pristine_packed: Path, tmp_path: Path) -> None:
+    run("pack", pristine_packed, tmp_path / "again", "--dense-bits", "8")
+    before, after = (PackedCheckpoint.open(path) for path in (pristine_packed, tmp_path / "again"))
+    assert after.plan.experts == before.plan.experts and set(after.plan.dense.values()) == {8}
+    for layer in range(2):
+        name = layer_file(layer)
+        assert (before.directory / name).read_bytes() == (after.directory / name).read_bytes()
 
 
 def test_refuses_to_verify_an_unpacked_checkpoint(pristine: Path) -> None:

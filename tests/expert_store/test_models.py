@@ -34,7 +34,7 @@ def model(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 
-def resolve(model: str | Path, bits: int = 5) -> tuple[PackedCheckpoint, str]:
+def resolve(model: str | Path, bits: int | None = None) -> tuple[PackedCheckpoint, str]:
     """The checkpoint, and what was printed on the way."""
     console = Console(file=io.StringIO(), width=200)
     checkpoint = resolve_model(str(model), bits, console)
@@ -45,14 +45,16 @@ def resolve(model: str | Path, bits: int = 5) -> tuple[PackedCheckpoint, str]:
 def test_packed_directory_is_used_as_it_is(pristine_packed: Path, cache: Path) -> None:
     checkpoint, output = resolve(pristine_packed)
     assert checkpoint.directory == pristine_packed and output == ""
-    assert "packed already, at 5 bits" in resolve(pristine_packed, bits=4)[1]
+    assert resolve(pristine_packed, bits=5)[0].fingerprint == checkpoint.fingerprint
+    with pytest.raises(ConfigError, match=r"packed already, at 5 bits: .*pack --bits 4"):
+        resolve(pristine_packed, bits=4)
     assert not cache.exists()
 
 
 def test_unpacked_directory_is_packed_once(model: Path, pristine_packed: Path, cache: Path) -> None:
     first, output = resolve(model)
     assert "packing model at 5 bits" in output and "100%" in output
-    assert first.directory.parent == cache / "packed" and first.directory.name.startswith("model-q5-")
+    assert first.directory.parent == cache / "packed" and first.directory.name.startswith("model-")
     assert first.fingerprint == PackedCheckpoint.open(pristine_packed).fingerprint
     written = (first.directory / MANIFEST).stat().st_mtime_ns
     second, output = resolve(model)
@@ -67,7 +69,7 @@ def test_other_bits_and_a_changed_source_are_packed_anew(model: Path) -> None:
     assert resolve(model)[0].directory != first
 
 
-@pytest.mark.parametrize("version", ["expert_store.models.VERSION", "common.record.RECORD_FORMAT"])
+@pytest.mark.parametrize("version", ["expert_store.models.VERSION", "expert_store.models.RECORD_FORMAT"])
 def test_a_new_form_of_packed_checkpoints_is_packed_anew(
     model: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
@@ -125,7 +127,7 @@ def test_demo(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(NotFound, match="lacks the demo"):
         resolve("demo")
     shutil.copytree(pristine, tmp_path / "expert_store" / "demo")
-    assert resolve("demo")[0].directory.name.startswith("demo-q5-")
+    assert resolve("demo")[0].directory.name.startswith("demo-")
 
 
 @pytest.mark.parametrize("model", ["/no/such/directory", "nowhere", "a/b/c", "../a"])
@@ -147,7 +149,7 @@ def test_hugging_face_id_that_was_downloaded_before(pristine: Path, offline_hub:
     shutil.copytree(pristine, repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    assert resolve("someone/tiny")[0].directory.name.startswith("someone--tiny-q5-")
+    assert resolve("someone/tiny")[0].directory.name.startswith("someone--tiny-")
 
 
 def test_hugging_face_id_without_a_network(offline_hub: Path) -> None:

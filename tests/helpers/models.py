@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 from transformers.utils import logging
 
-from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint
+from common.checkpoint import PackedCheckpoint, open_checkpoint
 from common.checkpoint.packed_writer import pack
+from common.checkpoint.plan import make_plan
 
 TINY: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h",
@@ -60,7 +61,9 @@ def random_model(seed: int = 0, *, dtype: torch.dtype = torch.bfloat16, **overri
 
 def pack_model(source: Path, destination: Path, up_bits: int = 5, down_bits: int = 5) -> PackedCheckpoint:
     """Pack an unpacked directory, without a progress bar."""
-    return pack(HuggingFaceCheckpoint.open(source), destination, up_bits, down_bits, lambda done, total: None)
+    checkpoint = open_checkpoint(source)
+    recipe = {"*.experts.*.up_proj": up_bits, "*.experts.*.down_proj": down_bits}
+    return pack(checkpoint, destination, make_plan(checkpoint, recipe=recipe), lambda done, total: None)
 
 
 @contextmanager

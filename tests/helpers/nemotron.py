@@ -36,7 +36,7 @@ class Twins:
     dense: dict[str, Tensor]
 
     def pools(self, sequences: int = 1, max_context: int = 512) -> StatePools:
-        return StatePools(self.config, sequences, max_context, self.model.weights.lm_head.dtype)
+        return StatePools(self.config, sequences, max_context, self.model.weights.norm_f.dtype)
 
     def tokens(self, count: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

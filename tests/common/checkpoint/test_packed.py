@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 
 from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, is_packed, open_checkpoint
 from common.checkpoint.manifest import MANIFEST
+from common.checkpoint.source import Matrix, WeightSource
 from common.expert_key import ExpertKey
 from common.hlwq.codebook import converged_codebook
 from common.hlwq.quantize import pack_matrix
+from common.record import ExpertBits
 from tests.helpers.models import edited_tensors, make_hf_model, pack_model, random_model
 
 DENSE, EXPERTS = "dense.safetensors", "experts-00001.safetensors"
@@ -32,11 +34,10 @@ def test_records_are_the_packed_weights_bit_for_bit(
 ) -> None:
     checkpoint = pack_model(pristine, tmp_path / "packed", up_bits, down_bits)
     source = HuggingFaceCheckpoint.open(pristine)
-    layout = checkpoint.layout
-    assert (layout.up.bits, layout.down.bits) == (up_bits, down_bits)
+    assert checkpoint.layout.bits == (ExpertBits(up_bits, down_bits),) * 2
     for key in (ExpertKey(0, 0), ExpertKey(0, 7), ExpertKey(1, 3)):
-        expected = torch.zeros(layout.stride, dtype=torch.uint8)
-        for matrix, weight in zip(layout.matrices, source.expert(key), strict=True):
+        expected = torch.zeros(checkpoint.layout.stride, dtype=torch.uint8)
+        for matrix, weight in zip(checkpoint.layout[key.layer].matrices, source.expert(key), strict=True):
             codebook = None if matrix.bits == 16 else converged_codebook(matrix.bits)
             matrix.store(pack_matrix(weight, matrix.bits, codebook), expected)
         assert torch.equal(read_record(checkpoint, key), expected)
@@ -45,24 +46,24 @@ def test_records_are_the_packed_weights_bit_for_bit(
 def test_sixteen_bits_are_lossless(pristine: Path, tmp_path: Path) -> None:
     checkpoint = pack_model(pristine, tmp_path / "packed", 16, 16)
     source = HuggingFaceCheckpoint.open(pristine)
-    assert checkpoint.codebooks() == {"up_proj": None, "down_proj": None}
     assert checkpoint.manifest.codebook == "none"
     for layer in range(2):
         for expert in range(8):
             key = ExpertKey(layer, expert)
             record = read_record(checkpoint, key)
-            for matrix, weight in zip(checkpoint.layout.matrices, source.expert(key), strict=True):
-                assert torch.equal(matrix.view(record).decode(None, torch.bfloat16), weight)
+            for matrix, weight in zip(checkpoint.layout[layer].matrices, source.expert(key), strict=True):
+                assert torch.equal(matrix.view(record).decode(torch.bfloat16), weight)
 
 
-def test_dense_weights_and_codebooks_come_back(pristine: Path, pristine_packed: Path) -> None:
-    checkpoint = PackedCheckpoint.open(pristine_packed)
-    dense, expected = checkpoint.dense(), dict(HuggingFaceCheckpoint.open(pristine).dense())
+def dense_of(source: WeightSource) -> dict[str, Matrix]:
+    return {name: source.dense_matrix(name) for name in source.dense_stored}
+
+
+def test_dense_weights_come_back(pristine: Path, pristine_packed: Path) -> None:
+    dense, expected = (dense_of(open_checkpoint(path)) for path in (pristine_packed, pristine))
     assert dense.keys() == expected.keys()
     for name, tensor in expected.items():
         assert dense[name].dtype == tensor.dtype and torch.equal(dense[name], tensor)
-    for codebook in checkpoint.codebooks().values():
-        assert codebook is not None and torch.equal(codebook, converged_codebook(5).expand(2, -1))
 
 
 def test_dense_weights_keep_their_dtypes(model: Path, tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_dense_weights_keep_their_dtypes(model: Path, tmp_path: Path) -> None:
         tensors[bias] = torch.rand(8)
         tensors["backbone.norm_f.weight"] = tensors["backbone.norm_f.weight"].half()
         expected = dict(tensors)
-    dense = pack_model(model, tmp_path / "packed").dense()
+    dense = dense_of(pack_model(model, tmp_path / "packed"))
     for name in (bias, "backbone.norm_f.weight", "lm_head.weight"):
         assert dense[name].dtype == expected[name].dtype and torch.equal(dense[name], expected[name])
 
@@ -82,7 +83,7 @@ def test_dense_weights_are_aligned(tmp_path: Path) -> None:
     make_hf_model(tmp_path / "model", mamba_num_heads=3, n_groups=1)
     with edited_tensors(tmp_path / "model" / "model.safetensors") as tensors:
         tensors |= {name: tensor.float() for name, tensor in tensors.items() if name.endswith("mixer.D")}
-    dense = pack_model(tmp_path / "model", tmp_path / "packed").dense()
+    dense = dense_of(pack_model(tmp_path / "model", tmp_path / "packed"))
     assert {tensor.dtype for tensor in dense.values()} == {torch.bfloat16, torch.float32}
     assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in dense.values())
 

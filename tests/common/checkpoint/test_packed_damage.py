@@ -32,7 +32,7 @@ def reseal(directory: Path) -> None:
 
 def fingerprint(raw: dict) -> str:
     entries = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-    return Manifest(5, 5, 0, "", 0, 0, "", {}, entries).fingerprint
+    return Manifest([], {}, 0, "", 0, 0, "", {}, entries).fingerprint
 
 
 def set_in_manifest(**changes: object) -> Callable[[Path], None]:
@@ -82,18 +82,6 @@ def rewrite_unaligned(packed: Path) -> None:
     reseal(packed)
 
 
-def shorten_codebook(packed: Path) -> None:
-    with edited_tensors(packed / DENSE) as tensors:
-        tensors["hlwq.codebooks.down_proj"] = tensors["hlwq.codebooks.down_proj"][:, :31].contiguous()
-    reseal(packed)
-
-
-def drop_codebook(packed: Path) -> None:
-    with edited_tensors(packed / DENSE) as tensors:
-        del tensors["hlwq.codebooks.up_proj"]
-    reseal(packed)
-
-
 def drop_dense(packed: Path) -> None:
     with edited_tensors(packed / DENSE) as tensors:
         del tensors["lm_head.weight"]
@@ -109,10 +97,15 @@ def widen_experts_in_config(packed: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (set_in_manifest(version=2), "version 2.*reads version 1.*newer expert-serving"),
+        (set_in_manifest(version=3), "version 3.*reads version 2.*newer expert-serving"),
+        (set_in_manifest(version=1), "version 1.*reads version 2: pack the model again"),
         (set_in_manifest(format="other"), "not the manifest of a packed checkpoint"),
         (set_in_manifest(layout="0" * 32), "another layout"),
-        (set_in_manifest(down_bits=4), "another layout"),
+        (set_in_manifest(expert_bits=[[5, 4], [5, 4]]), "another layout"),
+        (set_in_manifest(expert_bits=[[5, 5]]), "the bits of 1, config.json of 2"),
+        (set_in_manifest(expert_bits=[5, 5]), "damaged.*expert_bits"),
+        (set_in_manifest(dense_bits={"lm_head.weight": 5}), "lacks tensor 'lm_head.packed'"),
+        (set_in_manifest(dense_bits={"backbone.norm_f.weight": 5}), "none: backbone.norm_f"),
         (set_in_manifest(stride="wide"), "damaged.*stride"),
         (set_in_manifest(files={}), "fingerprint"),
         (write_manifest("{"), "damaged"),
@@ -124,8 +117,6 @@ def widen_experts_in_config(packed: Path) -> None:
         (truncate_layer_and_reseal, f"{EXPERTS} is truncated"),
         (drop_an_expert, f"{EXPERTS}: records has shape"),
         (rewrite_unaligned, f"{EXPERTS}.*multiple of 4096"),
-        (shorten_codebook, r"codebooks\.down_proj has shape \[2, 31\].*\[2, 32\]"),
-        (drop_codebook, r"lacks tensor 'hlwq\.codebooks\.up_proj'"),
         (drop_dense, "lacks tensor 'lm_head.weight'"),
         (widen_experts_in_config, "another layout"),
     ],
@@ -139,7 +130,7 @@ def test_refuses_what_does_not_fit(packed: Path, damage: Callable[[Path], None],
 
 
 def test_refuses_bits_that_records_cannot_have(packed: Path) -> None:
-    set_in_manifest(up_bits=7)(packed)
+    set_in_manifest(expert_bits=[[7, 5], [5, 5]])(packed)
     with pytest.raises(ConfigError, match="bits 7"):
         PackedCheckpoint.open(packed)
 

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, packing
 from common.checkpoint.packed_writer import pack
+from common.checkpoint.plan import make_plan
 from common.errors import CheckpointError, ConfigError, Exhausted
-from common.record import record_layout
+from common.expert_key import ExpertKey
+from common.record import ExpertBits, RecordLayouts, record_layouts
 from tests.helpers.models import edited_tensors, pack_model
 
+KEYS = [ExpertKey(layer, expert) for layer in range(2) for expert in range(8)]
 DOWN_6 = "backbone.layers.3.mixer.experts.6.down_proj.weight"
 
 
@@ -29,6 +32,10 @@ def destination(tmp_path: Path) -> Path:
     """Where to pack: alone in its directory, so that leftovers are easy to see."""
     (tmp_path / "made").mkdir()
     return tmp_path / "made" / "packed"
+
+
+def five_bits(source: HuggingFaceCheckpoint) -> RecordLayouts:
+    return record_layouts(source.config, [ExpertBits(5, 5)] * 2)
 
 
 def assert_nothing_left(destination: Path) -> None:
@@ -93,7 +100,7 @@ def test_disk_full_in_the_records(pristine: Path, destination: Path) -> None:
             stack.enter_context(file_size_limit(70_000))
 
     with stack, pytest.raises(Exhausted, match="no room on the disk"):
-        pack(source, destination, 5, 5, limit)
+        pack(source, destination, make_plan(source), limit)
     assert_nothing_left(destination)
 
 
@@ -114,8 +121,9 @@ def test_an_interrupt_leaves_nothing(pristine: Path, destination: Path) -> None:
         if done == 10:
             raise KeyboardInterrupt
 
+    source = HuggingFaceCheckpoint.open(pristine)
     with pytest.raises(KeyboardInterrupt):
-        pack(HuggingFaceCheckpoint.open(pristine), destination, 5, 5, interrupt)
+        pack(source, destination, make_plan(source), interrupt)
     assert seen == [["packed.partial"]] * 10, "the destination must not show before it is complete"
     assert_nothing_left(destination)
 
@@ -126,7 +134,7 @@ def test_torch_gets_its_threads_back(pristine: Path, records: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with closing(packing.packed_records(source, record_layout(source.config, 5, 5))) as made:
+        with closing(packing.packed_records(source, five_bits(source), KEYS)) as made:
             assert len(list(islice(made, records))) == records
         assert torch.get_num_threads() == 3
     finally:
@@ -170,14 +178,8 @@ def test_removes_what_a_killed_process_left(pristine: Path, destination: Path) -
 
 def test_progress_counts_experts(pristine: Path, destination: Path) -> None:
     reports: list[tuple[int, int]] = []
-    pack(
-        HuggingFaceCheckpoint.open(pristine),
-        destination,
-        5,
-        5,
-        lambda *report: reports.append(report),
-        "tiny",
-    )
+    source = HuggingFaceCheckpoint.open(pristine)
+    pack(source, destination, make_plan(source), lambda *report: reports.append(report), "tiny")
     assert reports == [(done, 16) for done in range(1, 17)]
     assert PackedCheckpoint.open(destination).manifest.source["name"] == "tiny"
 
@@ -209,6 +211,6 @@ def test_only_a_few_records_exist_at_any_time(pristine: Path, monkeypatch: pytes
     monkeypatch.setattr(packing, "ThreadPoolExecutor", Eager)
     source = HuggingFaceCheckpoint.open(pristine)
     ahead = 2 * torch.get_num_threads()
-    with closing(packing.packed_records(source, record_layout(source.config, 5, 5))) as records:
+    with closing(packing.packed_records(source, five_bits(source), KEYS)) as records:
         for taken, _ in enumerate(records, 1):
             assert len(made) == min(16, taken + ahead)

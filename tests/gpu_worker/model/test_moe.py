@@ -86,7 +86,7 @@ def test_the_shared_expert_is_added_to_the_routed_sum() -> None:
         assert relative_error(moe(x, None), mixer(x)) <= 1e-6  # type: ignore[arg-type]
         shared = block.mixer.shared_experts
         expected = mixer.shared_experts(x)
-        assert relative_error(relu2_mlp(x, shared.up_proj, shared.down_proj), expected) <= 1e-6
+        assert relative_error(relu2_mlp(x, shared), expected) <= 1e-6
 
 
 def gates(twins: Twins) -> list[RouterWeights]:

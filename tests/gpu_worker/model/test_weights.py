@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
+from gpu_worker.model.linear import Linear
 from gpu_worker.model.weights import Mamba2Weights, MoEWeights, build_weights
 from tests.helpers.nemotron import Twins, make_twins
 
@@ -21,8 +22,8 @@ def twins() -> Twins:
 def test_sixteen_bit_weights_are_raised_to_the_compute_type(twins: Twins) -> None:
     halved = {name: tensor.bfloat16() for name, tensor in twins.dense.items()}
     weights = build_weights(halved, twins.config, torch.float32)
-    assert weights.lm_head.dtype == weights.blocks[0].norm.dtype == torch.float32
-    assert torch.equal(weights.lm_head, halved["lm_head.weight"].float())
+    assert weights.lm_head.weight.dtype == weights.blocks[0].norm.dtype == torch.float32
+    assert torch.equal(weights.lm_head.weight, halved["lm_head.weight"].float())
 
 
 def test_recurrences_and_routers_stay_float32(twins: Twins) -> None:
@@ -31,6 +32,7 @@ def test_recurrences_and_routers_stay_float32(twins: Twins) -> None:
     assert isinstance(mamba, Mamba2Weights) and isinstance(moe, MoEWeights)
     for owner in (mamba, moe.gate, moe.shared_experts):
         for name, tensor in vars(owner).items():
+            tensor = tensor.weight if isinstance(tensor, Linear) else tensor
             assert tensor.dtype == (torch.float32 if name in KEPT_IN_FLOAT32 else torch.bfloat16), name
     assert torch.equal(mamba.A, -twins.dense["backbone.layers.0.mixer.A_log"].exp())
 
