@@ -45,8 +45,8 @@ def make_plan(
     """The plan for packing `source`; raises ConfigError for bits or names that cannot be.
 
     `bits` is for routed experts and `dense_bits` for dense matrices (16: not packed); None keeps what the
-    source has, or else 5 bits for experts and dense matrices unpacked. A recipe has patterns of names, without
-    `.weight`, as keys and bits as values; it overrides both, and the last of its patterns that fits counts.
+    source has, else 5 bits for experts and dense matrices unpacked. A recipe has patterns of names, without
+    `.weight`, as keys and bits as values; it comes first, and of its patterns the last that fits counts.
     """
     for value in (bits, dense_bits):
         if value is not None:
