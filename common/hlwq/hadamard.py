@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from common.hlwq import native
 from common.hlwq.planes import BLOCK
 
 
@@ -28,9 +29,11 @@ def hadamard_transform(x: Tensor) -> Tensor:
     """H applied to each block of 128 of x (..., columns); float32 in and out.
 
     In plain PyTorch one product by H runs 10 to 30 times faster than seven rounds of butterflies, each of
-    which would pass over memory; butterflies belong in kernels that keep a block in registers.
+    which would pass over memory; butterflies belong in the native kernels, which keep a block in registers.
     """
     assert x.dtype == torch.float32 and x.shape[-1] % BLOCK == 0
+    if native.usable(x):
+        return native.hadamard_transform(x)
     return (x.reshape(-1, BLOCK) @ _matrix_on(x.device)).view(x.shape)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.hlwq import native
 from common.hlwq.hadamard import hadamard_transform
 from common.hlwq.planes import BLOCK, RAW_BITS, unpack_planes
 
@@ -53,14 +54,19 @@ class PackedMatrix:
         """W' = n (c[code] / sqrt(128)) H, trimmed to in_features, rounded once to `dtype`."""
         if self.bits == RAW_BITS:
             return self.planes[0].view(torch.bfloat16).to(dtype)
+        if dtype in (torch.float32, torch.bfloat16) and native.usable(*self.planes):
+            return native.decode(self, dtype)
         return hadamard_transform(self._rotated())[:, : self.in_features].to(dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        """x W'^T for x (rows, in_features) in x.dtype: the activations are rotated, never the weights.
+        """x W'^T for x (..., in_features) in x.dtype: the activations are rotated, never the weights.
 
         H is orthogonal and symmetric, so a row's dot product is sum_b n_b / sqrt(128) c[code_b] . (H x_b).
         Accumulates in float32 whatever x.dtype is.
         """
+        if native.usable(x, *self.planes):
+            flat = x.reshape(-1, self.in_features).float()
+            return native.product(self, flat).to(x.dtype).view(*x.shape[:-1], -1)
         if self.bits == RAW_BITS:
             return F.linear(x, self.planes[0].view(torch.bfloat16).to(x.dtype))
         rotated = self._rotated()

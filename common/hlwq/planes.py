@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
+from common.hlwq import native
 
 BLOCK = 128
 RAW_BITS = 16
@@ -37,6 +38,8 @@ def pack_planes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
     """Codes (rows, columns) uint8, columns a multiple of 128 -> planes (rows, columns * width / 8) uint8."""
     rows, columns = codes.shape
     assert columns % BLOCK == 0, "pad before packing"
+    if native.usable(codes):
+        return native.pack_planes(codes, PLANE_WIDTHS[bits], bits)
     planes, shift = [], 0
     for width in PLANE_WIDTHS[bits]:
         fields = (codes >> shift) & ((1 << width) - 1)
@@ -50,6 +53,8 @@ def pack_planes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
 def unpack_planes(planes: tuple[Tensor, ...], bits: int) -> Tensor:
     """The inverse of `pack_planes`: codes (rows, columns) uint8."""
     rows = planes[0].shape[0]
+    if native.usable(*planes):
+        return native.unpack_planes(planes, 8 * planes[0].shape[1] // PLANE_WIDTHS[bits][0], bits)
     codes: Tensor | None = None
     position = 0
     for plane, width in zip(planes, PLANE_WIDTHS[bits], strict=True):

@@ -1,0 +1,242 @@
+"""The native kernels on tensors: finds the compiled library, and hands it pointers.
+
+Every function has a plain PyTorch twin beside the algorithm it computes (`planes`, `hadamard`, `quantize`,
+`matrix`), which decides by `usable` whether to come here. EXPERT_SERVING_KERNELS=plain forces the twins, and so
+does an installation without a C++ compiler, which says so once; avx512, avx2 or portable force one path. The
+kernels take contiguous CPU tensors, spread their work over torch's number of threads, and keep nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from common.hlwq.matrix import PackedMatrix
+
+ENVIRONMENT = "EXPERT_SERVING_KERNELS"
+PLAIN = "plain"
+PATHS = ("avx512", "avx2", "portable")
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_logger = logging.getLogger(__name__)
+_plain = False  # set by `forced` alone
+
+
+class Layout(ctypes.Structure):
+    """HlwqLayout of kernels.h: where a matrix lies, relative to its record."""
+
+    _fields_ = (
+        ("bits", c_int64),
+        ("out_features", c_int64),
+        ("in_features", c_int64),
+        ("planes", c_int64 * 2),
+        ("norms", c_int64),
+        ("codebook", c_int64),
+    )
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels are there and can work on these tensors."""
+    return all(tensor.is_cpu for tensor in tensors) and _library() is not None
+
+
+def path() -> str:
+    """What computes on the CPU: one of PATHS, or "plain"."""
+    library = _library()
+    return PLAIN if library is None else str(library.hlwq_path().decode())
+
+
+@contextmanager
+def forced(kernels: str) -> Iterator[None]:
+    """Compute on one of PATHS, or with the "plain" twins, in the whole process until the block ends.
+
+    For tests and benchmarks. Raises ConfigError when this machine lacks the path.
+    """
+    global _plain
+    before, was_plain = path(), _plain
+    _plain = kernels == PLAIN
+    try:
+        if not _plain:
+            _choose_path(_loaded(), kernels)
+        yield
+    finally:
+        _plain = was_plain
+        if before != PLAIN:
+            _choose_path(_loaded(), before)
+
+
+def layout_of(matrix: PackedMatrix) -> tuple[Layout, int]:
+    """The layout of a matrix relative to its first plane, and that plane's address."""
+    base = matrix.planes[0].data_ptr()
+    assert all(plane.is_contiguous() for plane in matrix.planes)
+    offsets = [plane.data_ptr() - base for plane in matrix.planes]
+    norms, codebook = (
+        0 if part is None else part.contiguous().data_ptr() - base for part in (matrix.norms, matrix.codebook)
+    )
+    planes = (c_int64 * 2)(*offsets)
+    return Layout(matrix.bits, *matrix.shape, planes, norms, codebook), base
+
+
+def product(matrix: PackedMatrix, x: Tensor) -> Tensor:
+    """x W'^T in float32, for x (rows, in) float32."""
+    layout, base = layout_of(matrix)
+    x = x.contiguous()
+    y = torch.empty(x.shape[0], layout.out_features)
+    _call("hlwq_product", layout, base, x.data_ptr(), x.shape[0], y.data_ptr())
+    return y
+
+
+def decode(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
+    """W' (out, in) in float32 or bfloat16; not for raw matrices."""
+    layout, base = layout_of(matrix)
+    weights = torch.empty(matrix.shape, dtype=dtype)
+    _call("hlwq_decode", layout, base, _TYPES[dtype], weights.data_ptr())
+    return weights
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """H applied to each block of 128 of x float32, in new memory."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    _call("hlwq_hadamard", y.data_ptr(), y.numel() // 128)
+    return y
+
+
+def pack_planes(codes: Tensor, widths: Sequence[int], bits: int) -> tuple[Tensor, ...]:
+    rows, columns = codes.shape
+    codes = codes.contiguous()
+    planes = tuple(torch.empty(rows, columns * width // 8, dtype=torch.uint8) for width in widths)
+    _call("hlwq_pack", codes.data_ptr(), rows, columns, bits, _pointers(planes))
+    return planes
+
+
+def unpack_planes(planes: Sequence[Tensor], columns: int, bits: int) -> Tensor:
+    planes = [plane.contiguous() for plane in planes]
+    codes = torch.empty(planes[0].shape[0], columns, dtype=torch.uint8)
+    _call("hlwq_unpack", _pointers(planes), codes.shape[0], columns, bits, codes.data_ptr())
+    return codes
+
+
+def quantize(
+    weight: Tensor, codebook: Tensor, thresholds: Tensor, refits: int, codes: Tensor, norms: Tensor
+) -> bool:
+    """Fill codes (rows, padded) and norms (rows, blocks); False for weights that cannot be quantized."""
+    weight, codebook, thresholds = weight.contiguous(), codebook.contiguous(), thresholds.contiguous()
+    bits = codebook.numel().bit_length() - 1
+    pointers = (
+        weight.data_ptr(),
+        _TYPES[weight.dtype],
+        *weight.shape,
+        codebook.data_ptr(),
+        thresholds.data_ptr(),
+    )
+    return bool(_call("hlwq_quantize", *pointers, bits, refits, codes.data_ptr(), norms.data_ptr()))
+
+
+def experts(
+    up: Layout,
+    down: Layout,
+    records: Sequence[int],
+    starts: Tensor,
+    pairs: Tensor,
+    k: int,
+    x: Tensor,
+    products: Tensor,
+) -> None:
+    """products[p] = down(relu(up(x[p // k]))^2) for the pairs of each expert, at its record's address.
+
+    Those of expert e are pairs[starts[e] : starts[e + 1]]; int64 both. x (rows, hidden) and products float32.
+    """
+    addresses = (c_void_p * len(records))(*records)
+    _call(
+        "hlwq_experts", up, down, addresses, len(records), starts.data_ptr(), pairs.data_ptr(), k,
+        x.data_ptr(), products.data_ptr(),
+    )  # fmt: skip
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    library = _library()
+    assert library is not None
+    library.hlwq_set_threads(torch.get_num_threads())
+    return getattr(library, name)(*arguments)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "hlwq_path": (c_char_p, []),
+    "hlwq_set_path": (c_int32, [c_char_p]),
+    "hlwq_set_threads": (None, [c_int32]),
+    "hlwq_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "hlwq_unpack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "hlwq_hadamard": (None, [c_void_p, c_int64]),
+    "hlwq_quantize": (
+        c_int32,
+        [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p],
+    ),
+    "hlwq_decode": (None, [POINTER(Layout), c_void_p, c_int32, c_void_p]),
+    "hlwq_product": (None, [POINTER(Layout), c_void_p, c_void_p, c_int64, c_void_p]),
+    "hlwq_experts": (
+        None,
+        [
+            POINTER(Layout),
+            POINTER(Layout),
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_void_p,
+        ],
+    ),
+}
+
+
+def _library() -> ctypes.CDLL | None:
+    return None if _plain else _loaded()
+
+
+@cache
+def _loaded() -> ctypes.CDLL | None:
+    """The compiled library with signatures, on the path that the environment names; None for the twins."""
+    wanted = os.environ.get(ENVIRONMENT, "")
+    if wanted not in ("", PLAIN, *PATHS):
+        raise ConfigError(f"{ENVIRONMENT} must be one of {PLAIN}, {', '.join(PATHS)}, not {wanted!r}")
+    if wanted == PLAIN:
+        return None
+    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not found:
+        if wanted:
+            raise ConfigError(f"{ENVIRONMENT}={wanted}: this installation has no native kernels")
+        _logger.warning(
+            "the native kernels were not built, so the CPU computes through PyTorch, many times slower; "
+            "install a C++ compiler and install expert-serving again"
+        )
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if wanted:
+        _choose_path(library, wanted)
+    return library
+
+
+def _choose_path(library: ctypes.CDLL | None, wanted: str) -> None:
+    if library is None or not library.hlwq_set_path(wanted.encode()):
+        raise ConfigError(f"the native kernels cannot run on path {wanted!r} here")

@@ -1,0 +1,194 @@
+// The C interface: chooses a path once, cuts work into pieces for the pool. The arithmetic is in path.inc.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "path.h"
+#include "pool.h"
+
+namespace hlwq {
+namespace {
+
+constexpr int64_t kBlock = 128;
+constexpr int64_t kOutputs = 32;  // output features in one piece of work: some tens of microseconds
+
+const Path* find_path(const char* name) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && (!name || !std::strcmp(name, "avx512"))) return &kAvx512;
+    if (avx2 && (!name || !std::strcmp(name, "avx2"))) return &kAvx2;
+#endif
+    return !name || !std::strcmp(name, "portable") ? &kPortable : nullptr;
+}
+
+std::atomic<const Path*> chosen{nullptr};
+
+const Path& path() {
+    const Path* found = chosen.load(std::memory_order_relaxed);
+    if (!found) chosen.store(found = find_path(nullptr), std::memory_order_relaxed);
+    return *found;
+}
+
+// Calls body(first, last) for the pieces of [0, count).
+template <class Body>
+void pieces(int64_t count, int64_t size, const Body& body) {
+    parallel_for((count + size - 1) / size, [&](int64_t i) { body(i * size, std::min(count, (i + 1) * size)); });
+}
+
+int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
+
+// Rows of floats, each at a multiple of 64 bytes.
+class Rows {
+   public:
+    Rows(int64_t rows, int64_t columns) : stride_((columns + 15) / 16 * 16), memory_(rows * stride_ + 16) {
+        start_ = memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / 4;
+    }
+    float* operator[](int64_t row) { return start_ + row * stride_; }
+
+   private:
+    int64_t stride_;
+    std::vector<float> memory_;
+    float* start_;
+};
+
+struct Planes {
+    int widths[2];
+    explicit Planes(int64_t bits)
+        : widths{bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : int(bits), bits == 6 ? 2 : bits == 3 || bits == 5} {}
+};
+
+}  // namespace
+}  // namespace hlwq
+
+using namespace hlwq;
+
+const char* hlwq_path() { return path().name; }
+
+int32_t hlwq_set_path(const char* name) {
+    const Path* found = find_path(name);
+    if (found) chosen = found;
+    return found != nullptr;
+}
+
+void hlwq_set_threads(int32_t threads) { set_threads(threads); }
+
+void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes) {
+    const Planes form(bits);
+    pieces(rows * columns / kBlock, 4096, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; block++)
+            for (int plane = 0, shift = 0; plane < 2 && form.widths[plane]; shift += form.widths[plane++]) {
+                const int width = form.widths[plane], bytes = 16 * width, mask = (1 << width) - 1;
+                const uint8_t* source = codes + block * kBlock;
+                uint8_t* target = planes[plane] + block * bytes;
+                std::memset(target, 0, bytes);
+                for (int field = 0; field < 8 / width; field++)
+                    for (int i = 0; i < bytes; i++)
+                        target[i] |= (source[field * bytes + i] >> shift & mask) << (field * width);
+            }
+    });
+}
+
+void hlwq_unpack(const uint8_t* const* planes, int64_t rows, int64_t columns, int64_t bits, uint8_t* codes) {
+    const Planes form(bits);
+    pieces(rows * columns / kBlock, 4096, [&](int64_t first, int64_t last) {
+        std::memset(codes + first * kBlock, 0, (last - first) * kBlock);
+        for (int64_t block = first; block < last; block++)
+            for (int plane = 0, shift = 0; plane < 2 && form.widths[plane]; shift += form.widths[plane++]) {
+                const int width = form.widths[plane], bytes = 16 * width, mask = (1 << width) - 1;
+                const uint8_t* source = planes[plane] + block * bytes;
+                uint8_t* target = codes + block * kBlock;
+                for (int field = 0; field < 8 / width; field++)
+                    for (int i = 0; i < bytes; i++)
+                        target[field * bytes + i] |= (source[i] >> (field * width) & mask) << shift;
+            }
+    });
+}
+
+void hlwq_hadamard(float* x, int64_t blocks) {
+    const Path& kernels = path();
+    pieces(blocks, 256, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; block++) kernels.hadamard(x + block * kBlock);
+    });
+}
+
+int32_t hlwq_quantize(const void* weights, int32_t type, int64_t rows, int64_t columns, const float* codebook,
+                      const float* thresholds, int64_t bits, int32_t refits, uint8_t* codes, uint16_t* norms) {
+    const Path& kernels = path();
+    const int64_t width = padded(columns), size = type == HLWQ_FLOAT32 ? 4 : 2;
+    std::atomic<bool> good{true};
+    pieces(rows, 8, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++)
+            if (!kernels.quantize(static_cast<const uint8_t*>(weights) + row * columns * size, type, columns, codebook,
+                                  thresholds, bits, refits, codes + row * width, norms + row * width / kBlock))
+                good = false;
+    });
+    return good;
+}
+
+void hlwq_decode(const HlwqLayout* layout, const uint8_t* record, int32_t type, void* weights) {
+    const Path& kernels = path();
+    const int64_t bytes = layout->in_features * (type == HLWQ_FLOAT32 ? 4 : 2);
+    pieces(layout->out_features, 8, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++)
+            kernels.decode(*layout, record, row, type, static_cast<uint8_t*>(weights) + row * bytes);
+    });
+}
+
+void hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* x, int64_t rows, float* y) {
+    const Path& kernels = path();
+    Rows prepared(rows, kernels.stride(*layout));
+    std::vector<const float*> sources(rows);
+    std::vector<float*> targets(rows);
+    for (int64_t row = 0; row < rows; row++) {
+        sources[row] = prepared[row];
+        targets[row] = y + row * layout->out_features;
+    }
+    pieces(rows, 4, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++)
+            kernels.prepare(*layout, x + row * layout->in_features, false, prepared[row]);
+    });
+    pieces(layout->out_features, kOutputs, [&](int64_t first, int64_t last) {
+        kernels.product(*layout, record, sources.data(), rows, first, last, targets.data());
+    });
+}
+
+void hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t experts,
+                  const int64_t* starts, const int64_t* pairs, int64_t k, const float* x, float* products) {
+    const Path& kernels = path();
+    const int64_t hidden = up->in_features, inner = up->out_features, count = starts[experts];
+    std::vector<int64_t> rows(count);  // the distinct rows, ascending, each prepared once
+    for (int64_t i = 0; i < count; i++) rows[i] = pairs[i] / k;
+    std::sort(rows.begin(), rows.end());
+    rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+
+    Rows inputs(int64_t(rows.size()), kernels.stride(*up)), middle(count, inner), prepared(count, kernels.stride(*down));
+    std::vector<const float*> up_sources(count), down_sources(count);
+    std::vector<float*> up_targets(count), down_targets(count);
+    for (int64_t i = 0; i < count; i++) {
+        up_sources[i] = inputs[std::lower_bound(rows.begin(), rows.end(), pairs[i] / k) - rows.begin()];
+        up_targets[i] = middle[i];
+        down_sources[i] = prepared[i];
+        down_targets[i] = products + pairs[i] * hidden;
+    }
+    auto multiply = [&](const HlwqLayout& layout, const float* const* sources, float* const* targets) {
+        const int64_t each = (layout.out_features + kOutputs - 1) / kOutputs;
+        parallel_for(experts * each, [&](int64_t piece) {
+            const int64_t expert = piece / each, first = piece % each * kOutputs, start = starts[expert];
+            kernels.product(layout, records[expert], sources + start, starts[expert + 1] - start, first,
+                            std::min(layout.out_features, first + kOutputs), targets + start);
+        });
+    };
+    pieces(int64_t(rows.size()), 4, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) kernels.prepare(*up, x + rows[i] * hidden, false, inputs[i]);
+    });
+    multiply(*up, up_sources.data(), up_targets.data());
+    pieces(count, 4, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) kernels.prepare(*down, middle[i], true, prepared[i]);
+    });
+    multiply(*down, down_sources.data(), down_targets.data());
+}

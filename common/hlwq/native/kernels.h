@@ -1,0 +1,49 @@
+// The C interface of the native kernels: raw pointers in, raw pointers out, no allocation that a caller sees.
+// Layouts are those of common/record.py and common/hlwq/planes.py. Every function may be called from any thread;
+// work is spread over the pool of pool.h. Nothing here checks its arguments: the Python side does.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// Where one matrix lies, as offsets from the start of its record. `bits` 16 means raw bfloat16: one plane, no
+// norms, no codebook. `planes` are those of the widths of common.hlwq.planes.PLANE_WIDTHS[bits], low bits first.
+struct HlwqLayout {
+    int64_t bits, out_features, in_features;
+    int64_t planes[2], norms, codebook;
+};
+
+// The element types of weights that are read or written.
+enum HlwqType : int32_t { HLWQ_FLOAT32 = 0, HLWQ_BFLOAT16 = 1, HLWQ_FLOAT16 = 2 };
+
+// "avx512", "avx2" or "portable": the path that runs on this machine.
+const char* hlwq_path();
+// Limit the choice to one path by name, for tests; returns 0 when this machine lacks it.
+int32_t hlwq_set_path(const char* name);
+void hlwq_set_threads(int32_t threads);
+
+// codes (rows, columns) uint8 to planes and back; columns a multiple of 128.
+void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes);
+void hlwq_unpack(const uint8_t* const* planes, int64_t rows, int64_t columns, int64_t bits, uint8_t* codes);
+
+// H applied to each block of 128 of x, in place.
+void hlwq_hadamard(float* x, int64_t blocks);
+
+// W (rows, columns) to codes (rows, padded) and norms float16 (rows, padded / 128), as quantize.py defines it.
+// `thresholds` (levels - 1): a value takes the code that is the number of thresholds below it. `refits` is the
+// number of times that norms are refitted to the codes. Returns 0 when a weight is not finite or a norm exceeds
+// float16.
+int32_t hlwq_quantize(const void* weights, int32_t type, int64_t rows, int64_t columns, const float* codebook,
+                      const float* thresholds, int64_t bits, int32_t refits, uint8_t* codes, uint16_t* norms);
+
+// W' (out, in), trimmed, rounded once to `type` (float32 or bfloat16).
+void hlwq_decode(const HlwqLayout* layout, const uint8_t* record, int32_t type, void* weights);
+
+// y (rows, out) = x W'^T for x (rows, in), both float32. A row's result does not depend on its neighbours.
+void hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* x, int64_t rows, float* y);
+
+// For expert e of `experts` and each of its pairs p (flat positions row * k + rank, grouped by expert, those of e
+// at pairs[starts[e]] .. pairs[starts[e + 1]]): products[p] = down(relu(up(x[p / k]))^2), float32 (., hidden).
+void hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t experts,
+                  const int64_t* starts, const int64_t* pairs, int64_t k, const float* x, float* products);
+}

@@ -1,0 +1,26 @@
+// What one instruction set offers to dispatch.cpp: the functions that path.inc defines once for each of them.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace hlwq {
+
+// Activations of one product, as a path wants them: rotated, padded, reordered, `stride` floats a row.
+struct Path {
+    const char* name;
+    int64_t (*stride)(const HlwqLayout& layout);
+    // x (in_features) to one prepared row; `squared` takes relu(x)^2 first.
+    void (*prepare)(const HlwqLayout& layout, const float* x, bool squared, float* prepared);
+    // Output features [first, last) of y[r] for `rows` prepared rows.
+    void (*product)(const HlwqLayout& layout, const uint8_t* record, const float* const* prepared, int64_t rows,
+                    int64_t first, int64_t last, float* const* y);
+    void (*hadamard)(float* block);
+    bool (*quantize)(const void* weights, int32_t type, int64_t columns, const float* codebook,
+                     const float* thresholds, int64_t bits, int32_t refits, uint8_t* codes, uint16_t* norms);
+    void (*decode)(const HlwqLayout& layout, const uint8_t* record, int64_t row, int32_t type, void* weights);
+};
+
+extern const Path kPortable, kAvx2, kAvx512;
+
+}  // namespace hlwq

@@ -1,0 +1,175 @@
+// The AVX2 path (with FMA and F16C). Up to 32 centroids are looked up as upper and lower bytes of 16 bits, by byte
+// shuffles of 16 entries each; larger codebooks are gathered from memory.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "path.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace hlwq {
+namespace {
+
+constexpr int kLanes = 8;
+typedef float Vec __attribute__((vector_size(32)));
+
+[[gnu::always_inline]] inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
+[[gnu::always_inline]] inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
+
+// Of 32 consecutive codes: interleaving bytes works within halves of a register, and a word's half of a lane
+// alternates. Gathered centroids come in order.
+template <int BITS>
+constexpr int position(int code) {
+    if (BITS > 5) return code;
+    const int half = code / 16, within = code % 16;
+    return (within / 8 * 2 + within % 2) * kLanes + half * 4 + within % 8 / 2;
+}
+
+// 32 consecutive codes of a block, from code `group` on, one a byte.
+template <int WIDTH>
+[[gnu::always_inline]] inline __m256i fields(const uint8_t* plane, int group) {
+    if constexpr (WIDTH == 8) return _mm256_loadu_si256((const __m256i*)(plane + group));
+    if constexpr (WIDTH == 4) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i*)(plane + group % 64));
+        return _mm256_and_si256(group < 64 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
+    }
+    if constexpr (WIDTH == 2) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i*)plane);
+        return _mm256_and_si256(_mm256_srl_epi16(bytes, _mm_cvtsi32_si128(group / 32 * 2)), _mm256_set1_epi8(3));
+    }
+    if constexpr (WIDTH == 1) {
+        const __m128i bytes = _mm_srl_epi16(_mm_loadu_si128((const __m128i*)plane), _mm_cvtsi32_si128(group / 16));
+        return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 1), bytes), _mm256_set1_epi8(1));
+    }
+}
+
+template <int BITS>
+[[gnu::always_inline]] inline __m256i codes(const uint8_t* low, const uint8_t* high, int group) {
+    if constexpr (BITS == 5) return _mm256_or_si256(fields<4>(low, group), _mm256_slli_epi16(fields<1>(high, group), 4));
+    if constexpr (BITS == 6) return _mm256_or_si256(fields<4>(low, group), _mm256_slli_epi16(fields<2>(high, group), 4));
+    if constexpr (BITS == 3) return _mm256_or_si256(fields<2>(low, group), _mm256_slli_epi16(fields<1>(high, group), 2));
+    if constexpr (BITS == 2 || BITS == 4 || BITS == 8) return fields<BITS>(low, group);
+}
+
+// Up to 32 bytes, looked up by the low BITS bits of each byte of an index.
+template <int BITS>
+struct ByteTable {
+    __m256i first, second;
+
+    explicit ByteTable(const uint8_t* values) {
+        uint8_t padded[32] = {};
+        for (int i = 0; i < 1 << BITS; i++) padded[i] = values[i];
+        first = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)padded));
+        second = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(padded + 16)));
+    }
+
+    [[gnu::always_inline]] __m256i operator()(__m256i index) const {
+        if constexpr (BITS < 5) return _mm256_shuffle_epi8(first, index);
+        const __m256i bit4 = _mm256_slli_epi16(index, 3);  // to the top of each byte, which a blend looks at
+        return _mm256_blendv_epi8(_mm256_shuffle_epi8(first, index), _mm256_shuffle_epi8(second, index), bit4);
+    }
+};
+
+// Centroids rounded to bfloat16, as two tables of bytes; `rest` receives what rounding left.
+template <int BITS>
+struct WordTable {
+    ByteTable<BITS> lower, upper;
+
+    explicit WordTable(const float* centroids) : WordTable(Bytes(centroids)) {}
+
+    [[gnu::always_inline]] void operator()(__m256i index, Vec w[4]) const {
+        const __m256i low = lower(index), high = upper(index), mask = _mm256_set1_epi32(int32_t(0xffff0000));
+        const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+        w[0] = (Vec)_mm256_slli_epi32(first, 16), w[1] = (Vec)_mm256_and_si256(first, mask);
+        w[2] = (Vec)_mm256_slli_epi32(second, 16), w[3] = (Vec)_mm256_and_si256(second, mask);
+    }
+
+   private:
+    struct Bytes {
+        uint8_t lower[1 << BITS], upper[1 << BITS];
+
+        explicit Bytes(const float* centroids) {
+            for (int i = 0; i < 1 << BITS; i++) {
+                uint32_t bits;
+                __builtin_memcpy(&bits, centroids + i, 4);
+                bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+                lower[i] = uint8_t(bits), upper[i] = uint8_t(bits >> 8);
+            }
+        }
+    };
+    explicit WordTable(const Bytes& bytes) : lower(bytes.lower), upper(bytes.upper) {}
+};
+
+template <int BITS>
+struct Rest {  // what rounding to bfloat16 leaves of each centroid
+    float values[1 << BITS];
+
+    explicit Rest(const float* centroids) {
+        for (int i = 0; i < 1 << BITS; i++) {
+            uint32_t bits;
+            __builtin_memcpy(&bits, centroids + i, 4);
+            bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+            float rounded;
+            __builtin_memcpy(&rounded, &bits, 4);
+            values[i] = centroids[i] - rounded;
+        }
+    }
+};
+
+template <int BITS, bool SPLIT>
+struct Lookup {
+    WordTable<BITS> upper, lower;
+
+    explicit Lookup(const float* centroids) : upper(centroids), lower(Rest<BITS>(centroids).values) {}
+
+    [[gnu::always_inline]] void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
+        const __m256i index = codes<BITS>(low, high, group);
+        upper(index, w);
+        if constexpr (SPLIT) {
+            Vec rest[4];
+            lower(index, rest);
+            for (int i = 0; i < 4; i++) w[i] += rest[i];
+        }
+    }
+};
+
+template <int BITS>
+struct Gather {
+    const float* codebook;
+
+    explicit Gather(const float* centroids) : codebook(centroids) {}
+
+    [[gnu::always_inline]] void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
+        alignas(32) uint8_t bytes[32];
+        _mm256_store_si256((__m256i*)bytes, codes<BITS>(low, high, group));
+        for (int i = 0; i < 4; i++) {
+            const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(bytes + 8 * i)));
+            w[i] = (Vec)_mm256_i32gather_ps(codebook, index, 4);
+        }
+    }
+};
+
+template <bool SPLIT>
+struct Lookup<6, SPLIT> : Gather<6> {
+    using Gather<6>::Gather;
+};
+
+template <bool SPLIT>
+struct Lookup<8, SPLIT> : Gather<8> {
+    using Gather<8>::Gather;
+};
+
+#include "path.inc"
+
+}  // namespace
+
+extern const Path kAvx2 = {"avx2", stride, prepare, product, hadamard, quantize, decode};
+
+}  // namespace hlwq
+
+#pragma GCC pop_options
+#endif

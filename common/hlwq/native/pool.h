@@ -1,0 +1,19 @@
+// A pool of threads that share a counted loop. Owns the threads; knows nothing of what they compute.
+//
+// Pieces are handed out by one atomic counter, so that a core that is busy elsewhere takes fewer of them. Workers
+// spin for a short while before they sleep: the loops of one token follow each other within microseconds, and
+// waking a sleeping thread takes longer than many of them.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace hlwq {
+
+// Calls body(i) for every i in [0, count), on the calling thread and the pool's; returns when all are done. Calls
+// from several threads at once take turns. `body` must not call parallel_for.
+void parallel_for(int64_t count, const std::function<void(int64_t)>& body);
+
+// The threads that take part, the caller included; from 1 up.
+void set_threads(int threads);
+
+}  // namespace hlwq

@@ -1,0 +1,201 @@
+"""The native kernels against their twins in PyTorch, on every path that this processor has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from common.errors import ConfigError
+from common.hlwq import native
+from common.hlwq.codebook import converged_codebook
+from common.hlwq.hadamard import hadamard_matrix
+from common.hlwq.matrix import PackedMatrix
+from common.hlwq.planes import BLOCK, PLANE_WIDTHS, pack_planes, padded, unpack_planes
+from common.hlwq.quantize import pack_matrix
+
+BITS = (2, 3, 4, 5, 6, 8, 16)
+# bfloat16 centroids are looked up exactly; others keep at least 16 bits of their significand.
+EXACT, SPLIT = 3e-7, 1.5e-5
+several = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(params=native.PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One path after the other; a processor without AVX-512 or AVX2 has fewer."""
+    try:
+        context = native.forced(request.param)
+        context.__enter__()
+    except ConfigError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    context.__exit__(None, None, None)
+
+
+def random_matrix(out: int, columns: int, bits: int, rounded: bool, seed: int = 0) -> PackedMatrix:
+    """A packed Gaussian matrix, by the twins; `rounded` gives it a codebook of bfloat16 values."""
+    weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(seed))
+    codebook = None if bits == 16 else converged_codebook(bits)
+    if rounded and codebook is not None:
+        codebook = codebook.bfloat16().float()
+    with native.forced(native.PLAIN):
+        return pack_matrix(weight, bits, codebook)
+
+
+def decoded(matrix: PackedMatrix) -> Tensor:
+    """The weights in float64, by the formula alone."""
+    if matrix.bits == 16:
+        return matrix.decode().double()
+    assert matrix.codebook is not None and matrix.norms is not None
+    with native.forced(native.PLAIN):
+        levels = matrix.codebook.double()[matrix.codes().long()].view(matrix.shape[0], -1, BLOCK)
+    scaled = levels * matrix.norms.double()[:, :, None] / BLOCK**0.5
+    weights = (scaled @ hadamard_matrix().double()).flatten(1)
+    return weights[:, : matrix.in_features]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+shapes = st.tuples(st.integers(1, 70), st.integers(1, 400), st.sampled_from(BITS), st.booleans())
+
+
+@several
+@given(shape=shapes, rows=st.integers(1, 16))
+def test_product(path: str, shape: tuple[int, int, int, bool], rows: int) -> None:
+    matrix = random_matrix(*shape)
+    x = torch.randn(rows, matrix.in_features, generator=torch.Generator().manual_seed(rows))
+    expected = x.double() @ decoded(matrix).T
+    limit = EXACT if shape[3] or shape[2] == 16 else SPLIT
+    scale = float(x.double().norm() * decoded(matrix).norm()) / matrix.in_features**0.5
+    got = matrix.product(x)
+    assert float((got.double() - expected).norm()) <= limit * max(scale, float(expected.norm()))
+    alone = torch.cat([matrix.product(row[None]) for row in x])
+    assert torch.equal(alone, got), "a row's result must not depend on its neighbours"
+
+
+@several
+@given(shape=shapes)
+def test_decode(path: str, shape: tuple[int, int, int, bool]) -> None:
+    matrix = random_matrix(*shape)
+    expected = decoded(matrix)
+    assert relative_error(matrix.decode(), expected) <= (EXACT if shape[3] else SPLIT)
+    assert torch.equal(matrix.decode(torch.bfloat16), matrix.decode().bfloat16())
+
+
+@several
+@given(
+    rows=st.integers(1, 9), blocks=st.integers(1, 4), bits=st.sampled_from(list(PLANE_WIDTHS)), data=st.data()
+)
+def test_planes(path: str, rows: int, blocks: int, bits: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    codes = torch.randint(1 << bits, (rows, blocks * BLOCK), dtype=torch.uint8, generator=generator)
+    packed = pack_planes(codes, bits)
+    assert torch.equal(unpack_planes(packed, bits), codes)
+    with native.forced(native.PLAIN):
+        for ours, plain in zip(packed, pack_planes(codes, bits), strict=True):
+            assert torch.equal(ours, plain)
+
+
+def test_hadamard(path: str) -> None:
+    x = torch.randn(5, 3 * BLOCK)
+    expected = (x.view(-1, BLOCK).double() @ hadamard_matrix().double()).view(x.shape)
+    assert relative_error(native.hadamard_transform(x), expected) <= EXACT
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_experts(path: str, bits: int, tokens: int) -> None:
+    """A layer's experts at once, pair by pair: the same bits as one product after the other."""
+    hidden, inner, k = 256, 72, 3
+    ups = [random_matrix(inner, hidden, bits, True, seed) for seed in range(4)]
+    downs = [random_matrix(hidden, inner, bits, True, 10 + seed) for seed in range(4)]
+    # All parts of a record lie in one run of memory; here each matrix is a run of its own, so `down` is given
+    # relative to `up`, expert by expert.
+    x = torch.randn(tokens, hidden)
+    choices = torch.stack([torch.randperm(4)[:k] for _ in range(tokens)])
+    expected = torch.empty(tokens * k, hidden)
+    got = torch.full((tokens * k, hidden), torch.nan)
+    for expert in range(4):
+        pairs = (choices.flatten() == expert).nonzero().flatten()
+        if not len(pairs):
+            continue
+        up, base = native.layout_of(ups[expert])
+        down, down_base = native.layout_of(downs[expert])
+        shift = down_base - base
+        down.planes[0] += shift
+        down.planes[1] += shift
+        down.norms += shift
+        down.codebook += shift
+        native.experts(up, down, [base], torch.tensor([0, len(pairs)]), pairs, k, x, got)
+        middle = torch.relu(ups[expert].product(x[pairs // k])).square()
+        expected[pairs] = downs[expert].product(middle)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads: int) -> None:
+    matrix, x = random_matrix(200, 300, 5, True), torch.randn(3, 300)
+    expected = matrix.product(x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(50):
+            assert torch.equal(matrix.product(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_fork_can_compute() -> None:
+    """The pool's threads stay behind in the parent: the child must not wait for them."""
+    matrix, x = random_matrix(200, 300, 5, True), torch.randn(1, 300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = matrix.product(x)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(matrix.product(x), expected) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [("plain", "plain"), ("portable", "portable"), ("sse9", "must be one of plain, avx512, avx2, portable")],
+)
+def test_the_environment_chooses(value: str, printed: str) -> None:
+    script = "from common.hlwq import native\ntry: print(native.path())\nexcept Exception as e: print(e)"
+    environment = os.environ | {native.ENVIRONMENT: value}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert printed in result.stdout, result.stderr
+
+
+def test_an_installation_without_kernels_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pathlib.Path.glob", lambda self, pattern: iter(()))
+    native._loaded.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert [native.path() for _ in range(3)] == [native.PLAIN] * 3
+        assert caplog.text.count("install a C++ compiler") == 1
+        assert padded(100) == 128 and torch.equal(
+            random_matrix(2, 9, 16, True).product(torch.eye(9)).T,
+            decoded(random_matrix(2, 9, 16, True)).float(),
+        )
+    finally:
+        monkeypatch.undo()
+        native._loaded.cache_clear()
