@@ -6,7 +6,6 @@ source and plan give the same bytes. The form on disk is described in `packed`; 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -25,16 +24,15 @@ from common.checkpoint.packed import (
     packed_name,
 )
 from common.checkpoint.packing import packed, packed_records
-from common.checkpoint.partial import partial_directory
+from common.checkpoint.partial import check_room, partial_directory
 from common.checkpoint.plan import BitPlan
 from common.checkpoint.source import Matrix, WeightSource
 from common.checkpoint.tensor_file import DATA_ALIGNMENT, ELEMENT_BYTES, TensorInfo, data, header
-from common.errors import CheckpointError, Exhausted
+from common.errors import CheckpointError
 from common.expert_key import ExpertKey
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import RAW_BITS
 from common.record import MatrixLayout, RecordLayouts, record_layouts
-from common.units import format_bytes
 
 Progress = Callable[[int, int], None]
 
@@ -49,7 +47,7 @@ def pack(
     and then leaves nothing behind.
     """
     layouts = record_layouts(source.config, plan.experts)
-    _check_room(source, layouts, plan, destination)
+    check_room(destination, _size(source, layouts, plan))
     with partial_directory(destination) as partial:
         files = {path.name: _copy(path, partial / path.name) for path in source.carried_files()}
         files[DENSE] = _write_dense(partial / DENSE, source, plan)
@@ -142,23 +140,15 @@ def _codebook_origin(source: WeightSource, plan: BitPlan) -> str:
     return {(): "none", (False,): "converged", (True,): "source"}.get(tuple(kept), "mixed")
 
 
-def _check_room(source: WeightSource, layouts: RecordLayouts, plan: BitPlan, destination: Path) -> None:
-    """Refuse at once what would fail after minutes of packing."""
-    if not destination.parent.is_dir():
-        raise CheckpointError(f"cannot write {destination}: {destination.parent} is not a directory")
+def _size(source: WeightSource, layouts: RecordLayouts, plan: BitPlan) -> int:
+    """Bytes of all weights as they will be written."""
     layer = source.config.n_routed_experts * layouts.stride + DATA_ALIGNMENT
     packed_sizes = {name: size for name, (_, size) in dense_layouts(source.config, plan.dense).items()}
     dense = sum(
         packed_sizes.get(name) or TensorInfo(stored.dtype, stored.shape).size
         for name, stored in source.dense_stored.items()
     )
-    needed = source.config.num_layers * layer + dense
-    free = shutil.disk_usage(destination.parent).free
-    if free < needed:
-        raise Exhausted(
-            f"cannot write {destination}: no room on the disk, where {format_bytes(free)} are free and "
-            f"{format_bytes(needed)} are needed"
-        )
+    return source.config.num_layers * layer + dense
 
 
 def _copy(path: Path, target: Path) -> FileEntry:

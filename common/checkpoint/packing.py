@@ -9,8 +9,10 @@ the slowest core.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ from common.hlwq.planes import RAW_BITS
 from common.hlwq.quantize import pack_matrix
 from common.record import RecordLayouts
 
+T = TypeVar("T")
+
 
 def packed(matrix: Matrix, bits: int) -> PackedMatrix:
     """`matrix` at `bits`: as it is when it has them already, else decoded if need be, and quantized anew."""
@@ -38,17 +42,22 @@ def packed(matrix: Matrix, bits: int) -> PackedMatrix:
 def packed_records(
     source: WeightSource, layouts: RecordLayouts, keys: Sequence[ExpertKey]
 ) -> Generator[Tensor, None, None]:
-    """The records of `keys`, uint8 (stride,), in their order; only a few exist at any time.
+    """The records of `keys`, uint8 (stride,), in their order; see `in_order`."""
+    return in_order(partial(_record, source, layouts, key) for key in keys)
+
+
+def in_order(jobs: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+    """What `jobs` return, in their order, several done at a time; only a few results exist at any time.
 
     Until the generator is exhausted or closed, torch runs with one thread in this process.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads, "packing")
-    pending: deque[Future[Tensor]] = deque()
+    pending: deque[Future[T]] = deque()
     try:
-        for key in keys:
-            pending.append(pool.submit(_record, source, layouts, key))
+        for job in jobs:
+            pending.append(pool.submit(job))
             if len(pending) > 2 * threads:
                 yield pending.popleft().result()
         while pending:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import CheckpointError, Exhausted
+from common.units import format_bytes
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -43,6 +44,18 @@ def partial_directory(destination: Path) -> Iterator[Path]:
     finally:
         # After the rename there is nothing left of this name; before it, an interrupt ends here as well.
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_room(destination: Path, needed: int) -> None:
+    """Refuse at once what would fail after minutes of writing: no directory for it, or too small a disk."""
+    if not destination.parent.is_dir():
+        raise CheckpointError(f"cannot write {destination}: {destination.parent} is not a directory")
+    free = shutil.disk_usage(destination.parent).free
+    if free < needed:
+        raise Exhausted(
+            f"cannot write {destination}: no room on the disk, where {format_bytes(free)} are free and "
+            f"{format_bytes(needed)} are needed"
+        )
 
 
 def _remove_stale(destination: Path) -> None:
