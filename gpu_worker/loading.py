@@ -59,7 +59,7 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     model = checkpoint.config
-    dense = {name: checkpoint.dense_matrix(name) for name in checkpoint.dense_stored}
+    dense = {name: checkpoint.mapped_dense_matrix(name) for name in checkpoint.dense_stored}
     weights = build_weights(dense, model, dtype, device)
     pools = StatePools(model, SEQUENCES, model.max_position_embeddings, dtype, device)
     fetcher = Fetcher(link)

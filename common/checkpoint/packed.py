@@ -10,6 +10,7 @@ manifest. Everything is checked from headers and sizes at open; reading every by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -110,6 +111,16 @@ class PackedCheckpoint:
     def dense_stored(self) -> dict[str, Stored]:
         return {name: self._stored(name) for name in dense_shapes(self.config)}
 
+    def expert_stored(self, key: ExpertKey) -> tuple[Stored, Stored]:
+        up, down = (
+            Stored((layout.out_features, layout.in_features), "BF16", layout.size, layout.bits)
+            for layout in self.layout[key.layer].matrices
+        )
+        return up, down
+
+    def files(self) -> list[Path]:
+        return [self.directory / name for name in (MANIFEST, *self.manifest.files)]
+
     def carried_files(self) -> list[Path]:
         return carried_files(self.directory)
 
@@ -119,20 +130,27 @@ class PackedCheckpoint:
         return file.path, file.data_offset
 
     def record(self, key: ExpertKey) -> Tensor:
-        """One record, uint8 (stride,), as a view of the mapped file."""
-        return self._layers[key.layer].tensor(RECORDS)[key.expert]
+        """One record, uint8 (stride,), read into memory of its own."""
+        return self._layers[key.layer].read(RECORDS, slice(key.expert, key.expert + 1))[0]
 
     def expert(self, key: ExpertKey) -> tuple[Matrix, Matrix]:
-        """Both projections as views of the mapped file."""
+        """Both projections, as views of one record."""
         layout, record = self.layout[key.layer], self.record(key)
         return layout.up.view(record), layout.down.view(record)
 
     def dense_matrix(self, name: str) -> Matrix:
-        """One dense weight, as a view of the mapped file."""
+        """One dense weight, read into memory of its own."""
+        return self._dense_from(self._dense.read, name)
+
+    def mapped_dense_matrix(self, name: str) -> Matrix:
+        """The same as a view of the mapped file, whose pages come and go as memory allows."""
+        return self._dense_from(self._dense.tensor, name)
+
+    def _dense_from(self, get: Callable[[str], Tensor], name: str) -> Matrix:
         if name not in self._dense_layouts:
-            return self._dense.tensor(name)
+            return get(name)
         layout, _ = self._dense_layouts[name]
-        return layout.view(self._dense.tensor(packed_name(name)))
+        return layout.view(get(packed_name(name)))
 
     def _stored(self, name: str) -> Stored:
         if name in self._dense_layouts:

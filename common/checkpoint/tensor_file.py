@@ -1,14 +1,15 @@
-"""One safetensors file: what its header says, its tensors as views of the mapped file, and how to write one.
+"""One safetensors file: what its header says, its tensors read or mapped, and how to write one.
 
-Reading goes through the safetensors library, which checks the header against the file's length. Writing is
-done here, because tensors are streamed into the file and its data must begin at a multiple of 4096 bytes: the
-format lets the header end in spaces. Which tensors belong in a file is not known here.
+The safetensors library opens a file and checks the header against the file's length. Writing is done here,
+because tensors are streamed into the file and its data must begin at a multiple of 4096 bytes: the format
+lets the header end in spaces. Which tensors belong in a file is not known here.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.checkpoint.file_state import FileState, changed
 from common.checkpoint.names import Shape
 from common.errors import CheckpointError
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
-ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
 DATA_ALIGNMENT = 4096
+
+_TORCH_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 
 
 class TensorInfo(NamedTuple):
@@ -45,12 +52,19 @@ class TensorFile:
         try:
             self._file: Any = safe_open(path, framework="pt")  # its methods carry no types
             with path.open("rb") as raw:
-                self.data_offset = 8 + int.from_bytes(raw.read(8), "little")
+                self._state = FileState.of(raw.fileno())
+                described = raw.read(int.from_bytes(raw.read(8), "little"))
+            entries: dict[str, Any] = json.loads(described)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from None
-        self.tensors = self._read_header()
+        entries.pop("__metadata__", None)
+        self.data_offset = 8 + len(described)
+        self.tensors = {
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()
+        }
+        self._offsets = {name: entry["data_offsets"][0] for name, entry in entries.items()}
 
     def check(self, name: str, shape: Shape, dtypes: tuple[str, ...]) -> None:
         """Raise CheckpointError unless tensor `name` is here with this shape and one of these dtypes."""
@@ -66,16 +80,34 @@ class TensorFile:
                 f"{self.path}: {name} is stored as {info.dtype}, which is not one of {', '.join(dtypes)}"
             )
 
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or some rows of it, in memory of its own. Raises CheckpointError if the file changed.
+
+        A file that was cut short while it is mapped kills the process that touches it; reading it does not.
+        """
+        info = self.tensors[name]
+        start, stop, _ = rows.indices(info.shape[0]) if info.shape else (0, 1, 1)
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        row_bytes = info.size // info.shape[0] if info.shape and info.shape[0] else info.size
+        tensor = torch.empty(shape, dtype=_TORCH_DTYPES[info.dtype])
+        self._read_into(data(tensor), self.data_offset + self._offsets[name] + start * row_bytes)
+        return tensor
+
     def tensor(self, name: str) -> Tensor:
-        """The tensor as a view of the mapped file: pages are read from disk when they are touched."""
+        """The tensor as a view of the mapped file: for files that nobody changes, and who keeps all of it."""
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
-    def _read_header(self) -> dict[str, TensorInfo]:
-        entries = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (no mapping)
-        return {
-            name: TensorInfo(entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries.items()
-        }
+    def _read_into(self, buffer: memoryview, offset: int) -> None:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while buffer and (count := os.preadv(file.fileno(), [buffer], offset)):
+                    buffer, offset = buffer[count:], offset + count
+                unchanged = not buffer and FileState.of(file.fileno()) == self._state
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
+        if not unchanged:
+            raise changed(self.path)
 
 
 def header(tensors: Mapping[str, TensorInfo]) -> bytes:

@@ -94,12 +94,24 @@ def test_convolution_bias_follows_the_config(pristine: Path) -> None:
     assert "backbone.layers.0.mixer.conv1d.bias" not in dense_shapes(config)
 
 
-def test_loads_nothing_before_it_is_asked(pristine: Path) -> None:
-    """A tensor is a view of the mapped file: two readers of it share their memory."""
+def test_reads_nothing_before_it_is_asked(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then what was asked for: of experts that are stacked in one tensor, that one expert."""
+    pieces: list[int] = []
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *call: pieces.append(read(*call)) or pieces[-1])
     checkpoint = HuggingFaceCheckpoint.open(pristine)
-    first, _ = checkpoint.expert(ExpertKey(0, 0))
-    second, _ = checkpoint.expert(ExpertKey(0, 0))
-    assert first.data_ptr() == second.data_ptr()
+    assert (checkpoint.dense_stored, checkpoint.expert_bits) and pieces == []
+    checkpoint.expert(ExpertKey(0, 0))
+    assert pieces == [2 * 72 * 128, 2 * 72 * 128]
+
+
+def test_reads_one_of_stacked_experts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with edited_tensors(model / WEIGHTS) as tensors:
+        prefix = "backbone.layers.1.mixer.experts."
+        for matrix in ("up_proj", "down_proj"):
+            experts = [tensors.pop(f"{prefix}{expert}.{matrix}.weight") for expert in range(8)]
+            tensors[prefix + matrix] = torch.stack(experts)
+    test_reads_nothing_before_it_is_asked(model, monkeypatch)
 
 
 def test_ignores_multi_token_prediction_and_warns_of_the_rest(
