@@ -21,7 +21,7 @@ from common.checkpoint.names import expert_names
 from common.checkpoint.source import Matrix, WeightSource
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
-from common.hlwq.codebook import converged_codebook
+from common.hlwq.codebook import packing_codebook
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import RAW_BITS
 from common.hlwq.quantize import pack_matrix
@@ -36,7 +36,7 @@ def packed(matrix: Matrix, bits: int) -> PackedMatrix:
         if matrix.bits == bits:
             return matrix
         matrix = matrix.decode(torch.bfloat16 if bits == RAW_BITS else torch.float32)
-    return pack_matrix(matrix, bits, None if bits == RAW_BITS else converged_codebook(bits))
+    return pack_matrix(matrix, bits, None if bits == RAW_BITS else packing_codebook(bits), fit_norms=True)
 
 
 def packed_records(

@@ -11,7 +11,7 @@ from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, is_packed
 from common.checkpoint.manifest import MANIFEST
 from common.checkpoint.source import Matrix, WeightSource
 from common.expert_key import ExpertKey
-from common.hlwq.codebook import converged_codebook
+from common.hlwq.codebook import packing_codebook
 from common.hlwq.quantize import pack_matrix
 from common.record import ExpertBits
 from tests.helpers.models import edited_tensors, make_hf_model, pack_model, random_model
@@ -38,8 +38,8 @@ def test_records_are_the_packed_weights_bit_for_bit(
     for key in (ExpertKey(0, 0), ExpertKey(0, 7), ExpertKey(1, 3)):
         expected = torch.zeros(checkpoint.layout.stride, dtype=torch.uint8)
         for matrix, weight in zip(checkpoint.layout[key.layer].matrices, source.expert(key), strict=True):
-            codebook = None if matrix.bits == 16 else converged_codebook(matrix.bits)
-            matrix.store(pack_matrix(weight, matrix.bits, codebook), expected)
+            codebook = None if matrix.bits == 16 else packing_codebook(matrix.bits)
+            matrix.store(pack_matrix(weight, matrix.bits, codebook, fit_norms=True), expected)
         assert torch.equal(read_record(checkpoint, key), expected)
 
 
