@@ -55,6 +55,11 @@ class MatrixLayout:
     norms: Section | None
     codebook: Section | None
 
+    @property
+    def size(self) -> int:
+        """Bytes of its sections, without what aligns them."""
+        return sum(section.size for section in (*self.planes, self.norms, self.codebook) if section)
+
     def view(self, record: Tensor) -> PackedMatrix:
         """The matrix inside `record` (uint8, 1-D) without copying."""
         planes = tuple(_run(record, section).view(self.out_features, -1) for section in self.planes)

@@ -112,6 +112,7 @@ class PackedCheckpoint:
         return {name: self._stored(name) for name in dense_shapes(self.config)}
 
     def expert_stored(self, key: ExpertKey) -> tuple[Stored, Stored]:
+        """How the two projections of one expert come out of `expert`, told from headers alone."""
         up, down = (
             Stored((layout.out_features, layout.in_features), "BF16", layout.size, layout.bits)
             for layout in self.layout[key.layer].matrices

@@ -69,9 +69,6 @@ class WeightSource(Protocol):
     def expert_bits(self) -> tuple[ExpertBits | None, ...]:
         """For each layer, the bits its experts are stored at; None where they are not stored as codes."""
 
-    def expert_stored(self, key: ExpertKey) -> tuple[Stored, Stored]:
-        """How `expert` gives the two projections, told from headers alone."""
-
     @property
     def routed_bytes(self) -> int:
         """Bytes of all routed experts as they are stored."""
