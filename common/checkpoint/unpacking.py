@@ -1,0 +1,136 @@
+"""Writes any checkpoint as a Hugging Face directory: plain, or in a published HLWQ layout.
+
+Streamed, several weights at a time, and visible only when complete. What becomes of a weight is known to
+`unpack_layouts`, how files are made of weights to `unpack_shards`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from common.checkpoint.file_state import check_unchanged, states_of
+from common.checkpoint.names import expert_names
+from common.checkpoint.partial import check_room, partial_directory
+from common.checkpoint.polar_config import POLAR_CONFIG
+from common.checkpoint.source import Matrix, Stored, WeightSource
+from common.checkpoint.unpack_layouts import BF16, LAYOUTS, matrix_key, polar_entry
+from common.checkpoint.unpack_shards import (
+    LARGEST_SHARD,
+    Group,
+    Shard,
+    Weight,
+    make_shards,
+    write_index,
+    write_json,
+)
+from common.errors import ConfigError
+from common.expert_key import ExpertKey
+from common.hlwq.planes import BLOCK, RAW_BITS
+
+
+class Unpackable(WeightSource, Protocol):
+    """A checkpoint whose headers tell how every weight comes out of it."""
+
+    def expert_stored(self, key: ExpertKey) -> tuple[Stored, Stored]:
+        """How the two projections of one expert come out of `expert`."""
+
+
+Progress = Callable[[int, int], None]
+CONFIG, QUANTIZATION = "config.json", "quantization_config"
+
+
+def unpack(
+    source: Unpackable,
+    destination: Path,
+    layout: str,
+    progress: Progress,
+    largest_shard: int = LARGEST_SHARD,
+) -> list[Shard]:
+    """Write `source` to `destination`, which must not exist, in one of LAYOUTS; returns the files of weights.
+
+    `progress` gets bytes done and in all. Raises ConfigError for a weight that the layout cannot carry,
+    CheckpointError for one that is damaged or a destination that cannot be made, Exhausted when the disk is
+    full, and then leaves nothing behind.
+    """
+    states = states_of(source.files())
+    shards = make_shards(_groups(source, layout), largest_shard)
+    total = sum(group.size for shard in shards for group in shard.groups)
+    check_room(destination, total)
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    with partial_directory(destination) as partial_copy:
+        _carry(source, partial_copy)
+        if layout != BF16:
+            write_json(partial_copy / POLAR_CONFIG, _polar_config(source, layout))
+        for shard in shards:
+            shard.write(partial_copy, count)
+        write_index(partial_copy, shards)
+        check_unchanged(states)
+    return shards
+
+
+def _groups(source: Unpackable, layout: str) -> Iterator[Group]:
+    """All weights: the dense ones in the order of the forward pass, then experts layer by layer."""
+    for name, stored in source.dense_stored.items():
+        yield Group([_weight(source, layout, name, stored)], partial(_read_dense, source, name))
+    for key in _expert_keys(source):
+        names, both = expert_names(source.config, key), source.expert_stored(key)
+        weights = [_weight(source, layout, name, stored) for name, stored in zip(names, both, strict=True)]
+        yield Group(weights, partial(source.expert, key))
+
+
+def _weight(source: Unpackable, layout: str, name: str, stored: Stored) -> Weight:
+    label = f"{source.directory}: {name}"
+    try:
+        return Weight(label, LAYOUTS[layout](name, stored))
+    except ConfigError as error:
+        raise ConfigError(f"{label} {error}") from None
+
+
+def _read_dense(source: Unpackable, name: str) -> tuple[Matrix]:
+    return (source.dense_matrix(name),)
+
+
+def _expert_keys(source: Unpackable) -> Iterator[ExpertKey]:
+    for layer in range(source.config.num_layers):
+        for expert in range(source.config.n_routed_experts):
+            yield ExpertKey(layer, expert)
+
+
+def _carry(source: Unpackable, directory: Path) -> None:
+    """Config, tokenizer and chat template; of the config all but what it says of the source's own layout."""
+    for path in source.carried_files():
+        with (directory / path.name).open("xb") as file:
+            file.write(_plain_config(path) if path.name == CONFIG else path.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _plain_config(path: Path) -> bytes:
+    content = path.read_bytes()
+    config = json.loads(content)
+    if config.pop(QUANTIZATION, None) is None:
+        return content
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _polar_config(source: Unpackable, layout: str) -> dict[str, object]:
+    stored = dict(source.dense_stored)
+    for key in _expert_keys(source):
+        stored.update(zip(expert_names(source.config, key), source.expert_stored(key), strict=True))
+    layers = {
+        matrix_key(name): polar_entry(matrix)
+        for name, matrix in stored.items()
+        if matrix.bits not in (None, RAW_BITS)
+    }
+    return {"format": layout, "block_size": BLOCK, "layers": layers}
