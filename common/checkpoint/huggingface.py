@@ -1,9 +1,9 @@
-"""An unpacked Hugging Face NemotronH directory, read lazily.
+"""A NemotronH directory as models are published, read lazily: plain, or quantized in a published HLWQ layout.
 
-One `model.safetensors` or the shards that `model.safetensors.index.json` names; BF16, F16 or F32; names
-with `backbone.` (published) or `model.` (in transformers' memory); experts one by one or stacked. Everything
-is checked from the headers at open, and nothing is loaded until it is asked for. Values are not looked at
-here: packing refuses what is not finite.
+One file or shards; BF16, F16 or F32; names with `backbone.` (published) or `model.` (transformers' own);
+experts one by one or, if plain, stacked. Each matrix is plain or quantized by itself. What headers tell is
+checked at open, and nothing is loaded until it is asked for. Values of plain tensors are not looked at here:
+packing refuses what is not finite.
 """
 
 from __future__ import annotations
@@ -11,57 +11,71 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-from torch import Tensor
-
-from common.checkpoint.names import Shape, canonical, dense_shapes, expert_names, expert_shapes, stacked_names
+from common.checkpoint.file_state import states_of
+from common.checkpoint.names import (
+    Shape,
+    canonical,
+    dense_shapes,
+    expert_names,
+    expert_shapes,
+    packable_dense,
+    stacked_names,
+)
+from common.checkpoint.polar_config import POLAR_CONFIG, PolarConfig
+from common.checkpoint.published import PublishedMatrix
+from common.checkpoint.published_form import part_of, tell_form
+from common.checkpoint.shards import Place, find_tensors
 from common.checkpoint.source import Matrix, Stored, carried_files
-from common.checkpoint.tensor_file import WEIGHT_DTYPES, TensorFile, TensorInfo
+from common.checkpoint.tensor_file import WEIGHT_DTYPES
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
+from common.hlwq.planes import RAW_BITS
 from common.model_config import ModelConfig
 from common.record import ExpertBits
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _IGNORED = "mtp."  # weights of multi-token prediction, which transformers ignores as well
 _logger = logging.getLogger(__name__)
 
-
-class _Place(NamedTuple):
-    """Where a tensor lies: its file, and its name in that file."""
-
-    file: TensorFile
-    name: str
-
-    @property
-    def info(self) -> TensorInfo:
-        return self.file.tensors[self.name]
+Parts = dict[str, Place]
 
 
 class HuggingFaceCheckpoint:
-    """An open directory, a `WeightSource`; plain tensors come out as views of the mapped files."""
+    """An open directory, a `WeightSource`; nothing is mapped, so memory holds what was asked for."""
 
-    def __init__(self, directory: Path, config: ModelConfig, places: dict[str, _Place]) -> None:
+    def __init__(self, directory: Path, config: ModelConfig) -> None:
+        """Empty; `open` is the way to get one that holds its tensors."""
         self.directory = directory
         self.config = config
-        self._places = places
         self._dense_shapes = dense_shapes(config)
+        self._packable = frozenset(packable_dense(config))
+        self._plain: dict[str, Place] = {}
+        self._published: dict[str, PublishedMatrix] = {}
 
     @classmethod
     def open(cls, directory: Path) -> HuggingFaceCheckpoint:
         """Check config, files and headers; raises ConfigError or CheckpointError naming file and tensor."""
-        checkpoint = cls(directory, ModelConfig.from_directory(directory), _find_tensors(directory))
-        checkpoint._check()
+        checkpoint = cls(directory, ModelConfig.from_directory(directory))
+        plain, parts = _sort(find_tensors(directory))
+        checkpoint._take(plain, parts, PolarConfig.read(directory))
         return checkpoint
+
+    def files(self) -> list[Path]:
+        """Every file that the config, the weights and what travels with them are read from."""
+        places = [*self._plain.values(), *(part for m in self._published.values() for part in m.form.places)]
+        files = {place.file.path for place in places} | set(self.carried_files())
+        if self._published and (self.directory / POLAR_CONFIG).is_file():
+            files.add(self.directory / POLAR_CONFIG)
+        return sorted(files)
 
     @property
     def identity(self) -> str:
         """Hash of the config and of every used file's name, size and time of change, not of contents."""
-        files = {place.file.path for place in self._places.values()} | set(self.carried_files())
-        stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+        stats = sorted((path.name, *state) for path, state in states_of(self.files()).items())
         config = (self.directory / "config.json").read_bytes()
         return hashlib.sha256(config + json.dumps(stats).encode()).hexdigest()[:16]
 
@@ -69,64 +83,129 @@ class HuggingFaceCheckpoint:
     def synthetic(self) -> bool:
         return False
 
-    @cached_property
-    def dense_stored(self) -> dict[str, Stored]:
-        infos = {name: self._places[name].info for name in self._dense_shapes}
-        return {name: Stored(info.shape, info.dtype, info.size) for name, info in infos.items()}
+    @property
+    def layouts(self) -> dict[str, int]:
+        """How many matrices are quantized in which published layout."""
+        return dict(Counter(matrix.form.layout for matrix in self._published.values()))
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes on disk of every tensor and quantized matrix that the model needs, by canonical name."""
+        plain = {name: place.info.size for name, place in self._plain.items()}
+        return plain | {name: matrix.size for name, matrix in self._published.items()}
+
+    @cached_property
+    def dense_stored(self) -> dict[str, Stored]:
+        return {name: self._stored(name) for name in self._dense_shapes}
+
+    @cached_property
     def expert_bits(self) -> tuple[ExpertBits | None, ...]:
-        return (None,) * self.config.num_layers
+        """The widest codes of each projection in a layer; 16 where one of the two is plain."""
+        return tuple(self._layer_bits(layer) for layer in range(self.config.num_layers))
+
+    def expert_stored(self, key: ExpertKey) -> tuple[Stored, Stored]:
+        """How the two projections of one expert come out of `expert`, told from headers alone."""
+        stacked = stacked_names(self.config, key.layer)
+        if stacked[0] in self._plain:
+            infos = [self._plain[name].info for name in stacked]
+            up, down = (Stored(info.shape[1:], info.dtype, info.size // info.shape[0]) for info in infos)
+        else:
+            widths = self.expert_bits[key.layer] or (None, None)
+            up, down = (
+                self._stored(name)._replace(bits=bits if name in self._published else None)
+                for name, bits in zip(expert_names(self.config, key), widths, strict=True)
+            )
+        return up, down
 
     @property
     def routed_bytes(self) -> int:
-        return sum(place.info.size for name, place in self._places.items() if name not in self._dense_shapes)
+        return sum(size for name, size in self.sizes.items() if name not in self._dense_shapes)
 
     def carried_files(self) -> list[Path]:
         return carried_files(self.directory)
 
     def dense_matrix(self, name: str) -> Matrix:
-        """One dense tensor, as a view of the mapped file."""
-        return self._tensor(name)
+        """One dense weight: as it is stored, or in BF16 what is quantized but cannot be used packed."""
+        if name in self._published and name not in self._packable:
+            return self._published[name].decode()
+        return self.matrix(name)
 
     def expert(self, key: ExpertKey) -> tuple[Matrix, Matrix]:
         """The up (out, in) and down (out, in) projections of one routed expert."""
-        names = expert_names(self.config, key)
-        if names[0] in self._places:
-            return self._tensor(names[0]), self._tensor(names[1])
-        up, down = stacked_names(self.config, key.layer)
-        return self._tensor(up)[key.expert], self._tensor(down)[key.expert]
+        stacked = stacked_names(self.config, key.layer)
+        if stacked[0] in self._plain:
+            one = slice(key.expert, key.expert + 1)
+            return self._plain[stacked[0]].tensor(one)[0], self._plain[stacked[1]].tensor(one)[0]
+        names, bits = expert_names(self.config, key), self.expert_bits[key.layer] or (None, None)
+        return self.matrix(names[0], bits[0]), self.matrix(names[1], bits[1])
 
-    def _tensor(self, name: str) -> Tensor:
-        place = self._places[name]
-        return place.file.tensor(place.name)
+    def matrix(self, name: str, bits: int | None = None) -> Matrix:
+        """What is stored under a name of `sizes`: plain, or packed at `bits`, its own by default."""
+        if name in self._published:
+            return self._published[name].read(bits)
+        return self._plain[name].tensor()
 
-    def _check(self) -> None:
-        """Every needed tensor is there in the right form; the others are dropped."""
-        needed = {**self._dense_shapes, **self._expert_shapes()}
-        missing = [name for name in needed if name not in self._places]
+    def _stored(self, name: str) -> Stored:
+        matrix = self._published.get(name)
+        if matrix is None:
+            info = self._plain[name].info
+            return Stored(info.shape, info.dtype, info.size)
+        bits = matrix.bits if name in self._packable else None
+        return Stored(matrix.form.shape, "BF16", matrix.size, bits)
+
+    def _layer_bits(self, layer: int) -> ExpertBits | None:
+        experts = range(self.config.n_routed_experts)
+        pairs = [expert_names(self.config, ExpertKey(layer, expert)) for expert in experts]
+        widths = [
+            [self._published[name].bits for name in names if name in self._published]
+            for names in zip(*pairs, strict=True)
+        ]
+        if not any(widths):
+            return None
+        return ExpertBits(*(max(found, default=RAW_BITS) for found in widths))
+
+    def _take(self, plain: dict[str, Place], parts: dict[str, Parts], polar_config: PolarConfig) -> None:
+        """Take what the model needs, each in the right form; the others are dropped."""
+        needed = {**self._dense_shapes, **self._expert_shapes(plain)}
+        missing = [name for name in needed if name not in plain and name not in parts]
         if missing:
             raise CheckpointError(f"{self.directory} lacks {_some(missing)}")
         for name, shape in needed.items():
-            place = self._places[name]
-            place.file.check(place.name, shape, WEIGHT_DTYPES)
-        extra = [name for name in self._places if name not in needed]
+            if name in plain and name in parts:
+                others = ", ".join(place.name for place in parts[name].values())
+                raise plain[name].refusal(f"is there twice, quantized too ({others}): remove one")
+            if name in parts:
+                form = tell_form(parts[name], shape, polar_config.claims(name))
+                self._published[name] = PublishedMatrix(form)
+            else:
+                plain[name].file.check(plain[name].name, shape, WEIGHT_DTYPES)
+                self._plain[name] = plain[name]
+        self._judge_extra([name for name in (*plain, *parts) if name not in needed])
+
+    def _judge_extra(self, extra: list[str]) -> None:
+        """Refuse experts that are there in two forms, warn of what has no place in this architecture."""
+        experts: set[str] = set()
+        for layer in range(self.config.num_layers):
+            experts.update(stacked_names(self.config, layer))
+            for expert in range(self.config.n_routed_experts):
+                experts.update(expert_names(self.config, ExpertKey(layer, expert)))
+        twice = [name for name in extra if name in experts]
+        if twice:
+            raise CheckpointError(f"{self.directory} has {_some(twice)} twice, stacked and one by one")
         surprising = [name for name in extra if not name.startswith(_IGNORED)]
         if surprising:
             _logger.warning(
                 "%s: ignoring %s, unknown to this architecture", self.directory, _some(surprising)
             )
-        for name in extra:
-            del self._places[name]
 
-    def _expert_shapes(self) -> dict[str, Shape]:
+    def _expert_shapes(self, plain: dict[str, Place]) -> dict[str, Shape]:
         """Names and shapes of all routed experts, one by one or stacked as each layer has them here."""
         shapes: dict[str, Shape] = {}
         single = expert_shapes(self.config)
         count = self.config.n_routed_experts
         for layer in range(self.config.num_layers):
             stacked = stacked_names(self.config, layer)
-            if stacked[0] in self._places:
+            if stacked[0] in plain:
                 shapes.update((name, (count, *shape)) for name, shape in zip(stacked, single, strict=True))
                 continue
             for expert in range(count):
@@ -134,41 +213,18 @@ class HuggingFaceCheckpoint:
         return shapes
 
 
-def _find_tensors(directory: Path) -> dict[str, _Place]:
-    """Every tensor of the directory by canonical name."""
-    if (directory / SINGLE).is_file():
-        file = TensorFile(directory / SINGLE)
-        found = [(name, file) for name in file.tensors]
-    elif (directory / INDEX).is_file():
-        found = _read_index(directory)
-    else:
-        raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
-    places: dict[str, _Place] = {}
-    for name, file in found:
-        if canonical(name) in places:
-            raise CheckpointError(
-                f"{file.path}: {name} is there twice, as {places[canonical(name)].name} too"
-            )
-        places[canonical(name)] = _Place(file, name)
-    return places
-
-
-def _read_index(directory: Path) -> list[tuple[str, TensorFile]]:
-    path = directory / INDEX
-    try:
-        index = json.loads(path.read_text())
-        weight_map = {str(name): str(shard) for name, shard in index["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not an index of shards: {error!r}") from None
-    files: dict[str, TensorFile] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:  # an index is foreign input: it must not lead out of its directory
-            raise CheckpointError(f"{path} names a shard outside the directory: {shard!r}")
-        files[shard] = TensorFile(directory / shard)
-    for name, shard in weight_map.items():
-        if name not in files[shard].tensors:
-            raise CheckpointError(f"{path} places {name!r} in {shard}, which does not hold it")
-    return [(name, files[shard]) for name, shard in weight_map.items()]
+def _sort(places: Iterable[Place]) -> tuple[dict[str, Place], dict[str, Parts]]:
+    """Plain tensors by canonical name; the parts of quantized matrices by the matrix' canonical name."""
+    plain: dict[str, Place] = {}
+    quantized: dict[str, Parts] = {}
+    for place in places:
+        matrix, part = part_of(place.name) or (canonical(place.name), None)
+        taken, key = (plain, matrix) if part is None else (quantized.setdefault(matrix, {}), part)
+        if key in taken:
+            other = taken[key]
+            raise place.refusal(f"is there twice, as {other.name} in {other.file.path.name} too: remove one")
+        taken[key] = place
+    return plain, quantized
 
 
 def _some(names: list[str]) -> str:
