@@ -7,9 +7,10 @@ the segment's life and its memory format; which record goes to which frame is th
 Concurrency. A directory word holds state, frame and generation together and is stored and loaded as one
 aligned 8-byte word, so a reader never sees half an entry. The store withdraws an entry *before* it writes
 to the frame; a reader loads the word, copies the frame, and loads the word again: if both are the same
-READY word, the copy is whole. This is a seqlock; it relies on loads and stores each keeping their order,
-which x86-64 guarantees and interpreted code does not reorder. A lease (a pin in the store) is what makes
-sure a staged frame is still there when the worker comes; the generation is what makes a copy safe.
+READY word, the copy is whole. (A worker on the CPU computes from the frame where another copies it, and
+throws the result away if the words differ.) This is a seqlock; it relies on loads and stores each keeping
+their order, which x86-64 guarantees and interpreted code does not reorder. A lease (a pin in the store) is
+what makes sure a staged frame is still there when the worker comes; the generation is what makes a copy safe.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import mmap
 import os
 import struct
 import warnings
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -201,21 +203,33 @@ class MappedArena(Arena):
     def is_ready(self, key: ExpertKey) -> bool:
         return self.entry(key).state is State.READY
 
+    def use(self, keys: Sequence[ExpertKey], action: Callable[[list[int], list[Tensor]], None]) -> list[int]:
+        """Hand over the frames of those of `keys` that are READY; returns the places in `keys` of the others.
+
+        `action` gets places in `keys` and frames (stride,). A frame that was reused while it ran counts as
+        not READY: whatever was made of it is to be thrown away.
+        """
+        words = [int(self.words[key]) for key in keys]
+        entries = [decode_entry(word) for word in words]
+        ready = [place for place, entry in enumerate(entries) if entry.state is State.READY]
+        if ready:
+            action(ready, [self.frames[entries[place].frame] for place in ready])
+        whole = {place for place in ready if int(self.words[keys[place]]) == words[place]}
+        return [place for place in range(len(keys)) if place not in whole]
+
     def read(self, key: ExpertKey, out: Tensor) -> bool:
         """Copy the record into `out` (stride,); False unless READY and left alone meanwhile."""
         assert out.is_contiguous() and out.nbytes == self.shape.stride
-        word = int(self.words[key])
-        entry = decode_entry(word)
-        if entry.state is not State.READY:
-            return False
-        frame = self.frames[entry.frame]
-        if out.is_cpu:
-            # torch would spread the copy over threads, which wait for each other on a busy machine, while one
-            # memcpy already takes what a core can move.
-            ctypes.memmove(out.data_ptr(), frame.data_ptr(), self.shape.stride)
-        else:
-            out.copy_(frame)
-        return int(self.words[key]) == word
+
+        def copy(places: list[int], frames: list[Tensor]) -> None:
+            if out.is_cpu:
+                # torch would spread the copy over threads, which wait for each other on a busy machine, while
+                # one memcpy already takes what a core can move.
+                ctypes.memmove(out.data_ptr(), frames[0].data_ptr(), self.shape.stride)
+            else:
+                out.copy_(frames[0])
+
+        return not self.use([key], copy)
 
 
 def reclaim_dead_segments() -> list[Path]:

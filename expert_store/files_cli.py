@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common.errors import ConfigError
+from common.options import check_bits_option
 from common.units import format_bytes
 
 CheckpointDirectory = Annotated[
@@ -26,18 +26,6 @@ def register(app: typer.Typer) -> None:
     app.command("pack")(pack)
     app.command("inspect")(inspect)
     app.command("verify")(verify)
-
-
-def check_bits_option(bits: int | None) -> int | None:
-    """A number of bits that records cannot have is a usage error."""
-    from common.hlwq.planes import check_bits
-
-    try:
-        if bits is not None:
-            check_bits(bits)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error)) from None
-    return bits
 
 
 def pack(
@@ -120,12 +108,27 @@ def inspect(
 
 
 def verify(directory: CheckpointDirectory) -> None:
-    """Compare every byte of a packed checkpoint with its checksums.
+    """Read every byte of a checkpoint and compare it with what is known of it.
 
-    Ends with OK, or lists the damaged files and exits with status 1.
+    A packed checkpoint has checksums. Any other is read as packing would read
+    it: codes must be in range, codebooks ascend, norms and weights be finite.
+
+    Ends with OK, or lists what is damaged and exits with status 1.
 
     Example: expert-store verify ~/models/nemotron-q5
     """
+    from common.checkpoint import is_packed
+
+    damaged, found = _verify_packed(directory) if is_packed(directory) else _verify_published(directory)
+    for line in damaged:
+        typer.echo(line)
+    if damaged:
+        raise typer.Exit(1)
+    typer.echo(f"OK: {found}")
+
+
+def _verify_packed(directory: Path) -> tuple[list[str], str]:
+    """What is damaged, and what was compared."""
     from common.checkpoint import PackedCheckpoint
     from common.checkpoint.manifest import Manifest
     from expert_store.progress_bar import progress_bar
@@ -133,9 +136,18 @@ def verify(directory: CheckpointDirectory) -> None:
     manifest = Manifest.read(directory)
     with progress_bar(Console(stderr=True), f"verifying {directory.name}") as progress:
         damaged = manifest.damaged_files(directory, progress)
-    for line in damaged:
-        typer.echo(line)
-    if damaged:
-        raise typer.Exit(1)
-    PackedCheckpoint.open(directory)  # files as they were written may still not fit each other
-    typer.echo(f"OK: {len(manifest.files)} files, fingerprint {manifest.fingerprint[:16]}")
+    if not damaged:
+        PackedCheckpoint.open(directory)  # files as they were written may still not fit each other
+    return damaged, f"{len(manifest.files)} files, fingerprint {manifest.fingerprint[:16]}"
+
+
+def _verify_published(directory: Path) -> tuple[list[str], str]:
+    """What is damaged, and what was read."""
+    from common.checkpoint import HuggingFaceCheckpoint
+    from common.checkpoint.damage import damaged_weights
+    from expert_store.progress_bar import progress_bar
+
+    checkpoint = HuggingFaceCheckpoint.open(directory)
+    with progress_bar(Console(stderr=True), f"verifying {directory.name}") as progress:
+        damaged = damaged_weights(checkpoint, progress)
+    return damaged, f"{len(checkpoint.sizes)} weights can be read (there are no checksums to compare)"

@@ -12,6 +12,7 @@ from rich.console import Console
 from common.addresses import Address, AddressClaim
 from common.grpc_client import wait_until_serving
 from common.message_json import print_json
+from common.options import check_bits_option
 from common.process import configure_process, run_command, run_service
 from common.units import parse_size
 from gpu_worker import generate_cli
@@ -43,11 +44,24 @@ def start(
         typer.Option(help="Compute type, bfloat16 or float32; default: bfloat16 on a GPU, float32 on a CPU."),
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(help="Slots a layer, from 1 up; any number gives the same output.")
+        str | None,
+        typer.Option(
+            help="Slots a layer, from 1 up, or 'direct' (the default on a CPU): compute from the store's "
+            "memory. Any choice gives the same output.",
+            metavar="N|direct",
+        ),
     ] = None,
     vram: Annotated[
         str | None,
         typer.Option(help="Device memory for weights, states and slots, like 7.6GB.", metavar="SIZE"),
+    ] = None,
+    dense_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Pack attention's, Mamba's and shared experts' projections and lm_head at 2 to 8 bits while "
+            "loading, or 16 to unpack them; default: as they are stored.",
+            callback=check_bits_option,
+        ),
     ] = None,
     policy: Annotated[str, typer.Option(help="Which slot to give up: lru or lfru.")] = "lru",
     prefetch: Annotated[
@@ -68,10 +82,11 @@ def start(
         listen=Address.of_option(listen, "worker"),
         device=device,
         dtype=dtype,
-        slots=slots,
+        slots=int(slots) if slots and slots.isdecimal() else slots,
         vram=parse_size(vram) if vram else None,
         policy=policy,
         prefetch=prefetch,
+        dense_bits=dense_bits,
     )
     claim = AddressClaim(config.listen)
     try:

@@ -10,21 +10,26 @@ from gpu_worker.slots.policies import POLICIES
 
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("bfloat16", "float32")
+DIRECT = "direct"  # frames of the arena serve as slots
 PREFETCH_MODES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """`slots` per layer or `vram` in bytes or neither; `device`, `dtype` as the user named them."""
+    """`slots` per layer, or DIRECT, or `vram` in bytes, or neither; `device`, `dtype` as the user named them.
+
+    `dense_bits`: what to pack dense matrices at while loading, None to leave them as they are stored.
+    """
 
     store: Address
     listen: Address
     device: str = "auto"
     dtype: str | None = None
-    slots: int | None = None
+    slots: int | str | None = None
     vram: int | None = None
     policy: str = "lru"
     prefetch: str = "auto"
+    dense_bits: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the option."""
@@ -35,7 +40,9 @@ class WorkerConfig:
             _one_of("--dtype", self.dtype, DTYPES)
         if self.slots is not None and self.vram is not None:
             raise ConfigError("give --slots or --vram, not both: --vram sets the number of slots")
-        if self.slots is not None and self.slots < 1:
+        if isinstance(self.slots, str) and self.slots != DIRECT:
+            raise ConfigError(f"--slots must be a number or {DIRECT}, not {self.slots!r}")
+        if isinstance(self.slots, int) and self.slots < 1:
             raise ConfigError(f"--slots must be at least 1, not {self.slots}")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
+from gpu_worker.slots.direct import DirectExperts
 from gpu_worker.slots.routed_experts import SlotExperts
 
 # Prompts enter in chunks of this many tokens whatever else happens: where a prompt is cut decides the
@@ -25,7 +26,7 @@ _CONTEXT_STEP = 256
 class Engine:
     """Runs steps; knows the places of the pools that are free."""
 
-    def __init__(self, model: NemotronH, pools: StatePools, experts: SlotExperts) -> None:
+    def __init__(self, model: NemotronH, pools: StatePools, experts: SlotExperts | DirectExperts) -> None:
         self.model, self.pools, self.experts = model, pools, experts
         self._free_places = list(range(pools.sequences))
         self._lengths = [0] * pools.sequences  # the host's copy: reading the device's would wait for it

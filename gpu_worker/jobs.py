@@ -21,7 +21,7 @@ from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.engine import PREFILL_CHUNK, Engine
 from gpu_worker.protocol import cache_message, token_message
 from gpu_worker.sampling import Sampler, SamplingParams
-from gpu_worker.slots.routed_experts import CacheCounters
+from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.stopping import StopMatcher
 from gpu_worker.tokenizer import Tokenizer
 

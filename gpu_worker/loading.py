@@ -9,8 +9,13 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoint.names import packable_dense
 from common.checkpoint.packed import PackedCheckpoint
+from common.checkpoint.packing import packed, unpacked
+from common.checkpoint.source import Matrix
 from common.errors import Incompatible
+from common.hlwq import native
+from common.hlwq.planes import RAW_BITS
 from common.model_config import ModelConfig
 from common.units import format_bytes
 from gpu_worker.config import WorkerConfig
@@ -19,9 +24,9 @@ from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
 from gpu_worker.model.weights import ModelWeights, build_weights
 from gpu_worker.sizing import choose_slots, resolve_device, resolve_dtype
+from gpu_worker.slots.direct import DirectExperts
 from gpu_worker.slots.fetch import Fetcher
 from gpu_worker.slots.hints import Hints
-from gpu_worker.slots.policies import POLICIES
 from gpu_worker.slots.routed_experts import SlotExperts
 from gpu_worker.store_link import Attachment, StoreLink
 from gpu_worker.tokenizer import Tokenizer
@@ -63,8 +68,9 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     weights = build_weights(dense, model, dtype, device)
     pools = StatePools(model, SEQUENCES, model.max_position_embeddings, dtype, device)
     fetcher = Fetcher(link)
-    experts = _slot_experts(config, checkpoint, weights, pools, fetcher)
-    log.info("on %s in %s; dense weights %s", device, dtype, format_bytes(weights.nbytes))
+    experts = _routed_experts(config, checkpoint, weights, pools, fetcher)
+    kernels = f", {native.path()} kernels" if device.type == "cpu" else ""
+    log.info("on %s in %s%s; dense weights %s", device, dtype, kernels, format_bytes(weights.nbytes))
     return ServedModel(
         name=checkpoint.manifest.source["name"],
         fingerprint=checkpoint.fingerprint,
@@ -78,24 +84,34 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     )
 
 
-def _slot_experts(
+def _dense(checkpoint: PackedCheckpoint, bits: int | None) -> dict[str, Matrix]:
+    """The dense weights as they are stored, or their matrices at `bits` (16: not packed)."""
+    packable = set(packable_dense(checkpoint.config)) if bits is not None else set()
+    dense = {}
+    for name in checkpoint.dense_stored:
+        matrix = checkpoint.dense_matrix(name)
+        if name in packable and bits is not None:
+            matrix = packed(matrix, bits) if bits != RAW_BITS else unpacked(matrix)
+        dense[name] = matrix
+    return dense
+
+
+def _routed_experts(
     config: WorkerConfig,
     checkpoint: PackedCheckpoint,
     weights: ModelWeights,
     pools: StatePools,
     fetcher: Fetcher,
-) -> SlotExperts:
-    stride = checkpoint.layout.stride
-    choice = choose_slots(config, checkpoint.config, stride, weights.nbytes + pools.nbytes)
-    experts = SlotExperts(
-        checkpoint.layout,
-        choice.slots,
-        POLICIES[config.policy],
-        fetcher,
-        Hints(config.prefetch, fetcher),
-        pools.lengths.device,
-    )
-    log.info("%d slots a layer (%s): %s", choice.slots, choice.reason, format_bytes(experts.pool.numel()))
+) -> SlotExperts | DirectExperts:
+    layout, device = checkpoint.layout, pools.lengths.device
+    other = weights.nbytes + pools.nbytes
+    choice = choose_slots(config, checkpoint.config, layout.stride, other, device)
+    hints = Hints(config.prefetch, fetcher)
+    if choice.slots is None:
+        log.info("no slots (%s)", choice.reason)
+        return DirectExperts(layout, fetcher, hints)
+    experts = SlotExperts(layout, choice.slots, config.policy, fetcher, hints, device)
+    log.info("%d slots a layer (%s): %s", choice.slots, choice.reason, format_bytes(experts.nbytes))
     return experts
 
 

@@ -19,6 +19,11 @@ def finish_table(finish: pb.Finish) -> Table:
     table.add_row("decode", f"{timings.decode_ms:.0f} ms, {timings.tokens_per_second:.1f} tokens/s")
     table.add_row("slots", f"{cache.hits} hits, {cache.misses} misses: {cache.hit_rate:.1%} hit rate")
     table.add_row("fetched", f"{format_bytes(cache.bytes_fetched)}; {cache.staged} experts came from disk")
+    total = (timings.prefill_ms + timings.decode_ms) / 1e3
+    shares = [("routed experts", cache.compute_seconds), ("fetching", cache.fetch_seconds)]
+    shares.append(("the rest", total - sum(seconds for _, seconds in shares)))
+    words = ", ".join(f"{seconds / total:.0%} {name}" for name, seconds in shares) if total else "-"
+    table.add_row("time", words)
     return table
 
 
@@ -28,8 +33,7 @@ def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
     table = Table(show_header=False, title=f"gpu worker: {info.model}", title_justify="left")
     for name, value in (
         ("device", f"{info.device}, {info.dtype}, context {info.max_context}"),
-        ("slots", f"{stats.slots_per_layer} of {info.experts_per_layer} a layer, "
-                  f"{format_bytes(stats.slot_bytes)}, {stats.policy}"),
+        ("slots", _slots(stats, info)),
         ("cache", f"{cache.hits} hits, {cache.misses} misses: {cache.hit_rate:.1%} hit rate"),
         ("fetched", f"{format_bytes(cache.bytes_fetched)}; {cache.staged} experts came from disk"),
         ("prefetch", f"{stats.prefetch}; {stats.hints_sent} hints, {stats.hints_useful} useful"),
@@ -41,3 +45,10 @@ def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
     ):  # fmt: skip
         table.add_row(name, value)
     return table
+
+
+def _slots(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> str:
+    if not stats.slots_per_layer:
+        return f"none: experts are computed in the store's memory ({stats.policy})"
+    counted = f"{stats.slots_per_layer} of {info.experts_per_layer} a layer"
+    return f"{counted}, {format_bytes(stats.slot_bytes)}, {stats.policy}"

@@ -8,7 +8,7 @@ from common.errors import Incompatible, InvalidRequest
 from common.messages import PROTOCOL_VERSION
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.sampling import Choice, SamplingParams
-from gpu_worker.slots.routed_experts import CacheCounters
+from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
@@ -66,4 +66,6 @@ def cache_message(counters: CacheCounters) -> pb.CacheCounters:
         hit_rate=counters.hit_rate,
         bytes_fetched=counters.bytes_fetched,
         staged=counters.staged,
+        fetch_seconds=counters.fetch_seconds,
+        compute_seconds=counters.compute_seconds,
     )

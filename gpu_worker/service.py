@@ -113,10 +113,10 @@ class GenerationService(GpuWorkerServicer):
         worker, scheduler = self.worker, self.scheduler
         experts = self.model.engine.experts
         return pb.WorkerStats(
-            slots_per_layer=experts.layers[0].slots,
-            slots_pinned=sum(layer.pinned for layer in experts.layers),
-            slot_bytes=experts.pool.numel(),
-            policy=worker.config.policy,
+            slots_per_layer=experts.slots,
+            slots_pinned=experts.pinned,
+            slot_bytes=experts.nbytes,
+            policy=experts.describe(),
             prefetch=experts.hints.describe(),
             cache=cache_message(experts.counters),
             hints_sent=experts.hints.counters.sent,

@@ -9,14 +9,14 @@ import torch
 from common.errors import ConfigError
 from common.model_config import ModelConfig
 from common.units import format_bytes
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import DIRECT, WorkerConfig
 
 
 @dataclass(frozen=True)
 class SlotChoice:
-    """Slots per layer, and the reason in words for the log."""
+    """Slots per layer, None for direct, and the reason in words for the log."""
 
-    slots: int
+    slots: int | None
     reason: str
 
 
@@ -34,10 +34,18 @@ def resolve_dtype(config: WorkerConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def choose_slots(config: WorkerConfig, model: ModelConfig, stride: int, other_bytes: int) -> SlotChoice:
+def choose_slots(
+    config: WorkerConfig, model: ModelConfig, stride: int, other_bytes: int, device: torch.device
+) -> SlotChoice:
     """Slots per layer; `other_bytes` is what weights and states take of --vram already."""
     experts, layer_bytes = model.n_routed_experts, stride * model.num_layers
-    if config.slots is not None:
+    if config.slots == DIRECT and device.type != "cpu":
+        raise ConfigError(f"--slots {DIRECT} computes from the store's frames, which needs --device cpu")
+    if config.slots == DIRECT:
+        return SlotChoice(None, f"--slots {DIRECT}")
+    if config.slots is None and config.vram is None and device.type == "cpu":
+        return SlotChoice(None, "the CPU computes from the store's frames, by default")
+    if isinstance(config.slots, int):
         return SlotChoice(min(config.slots, experts), f"--slots {config.slots}")
     if config.vram is None:
         slots = min(experts, max(experts // 4, 2 * model.num_experts_per_tok))

@@ -3,7 +3,7 @@
 Owns the parallelism of packing and names the matrix whose weights cannot be packed; what becomes of the
 records is the caller's affair. One thread an expert with one thread inside each product is as fast as the
 reverse on an idle machine and several times faster on a busy one, where every small operation would wait for
-the slowest core.
+the slowest core. Memory holds a few experts, and what quantizing a few rows takes, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from common.hlwq.codebook import packing_codebook
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import RAW_BITS
 from common.hlwq.quantize import pack_matrix
-from common.record import RecordLayouts
+from common.record import MatrixLayout, RecordLayouts
 
 T = TypeVar("T")
+
+_WEIGHTS_AT_ONCE = 1 << 20
+_MEMORY = 1 << 30  # bytes of all that is in flight
+_MEMORY_OF_ROWS = 48 * _WEIGHTS_AT_ONCE  # of quantizing so many weights in PyTorch, all intermediates counted
 
 
 def packed(matrix: Matrix, bits: int) -> PackedMatrix:
@@ -39,19 +43,46 @@ def packed(matrix: Matrix, bits: int) -> PackedMatrix:
     return pack_matrix(matrix, bits, None if bits == RAW_BITS else packing_codebook(bits), fit_norms=True)
 
 
+def unpacked(matrix: Matrix) -> Tensor:
+    """`matrix` plain: as it is, or decoded to bfloat16."""
+    return matrix.decode(torch.bfloat16) if isinstance(matrix, PackedMatrix) else matrix
+
+
+def row_slices(matrix: Matrix) -> list[slice]:
+    """The rows of `matrix` in pieces small enough to be worked on by every thread at once."""
+    rows, columns = matrix.shape
+    at_once = max(1, _WEIGHTS_AT_ONCE // max(1, columns))
+    return [slice(start, start + at_once) for start in range(0, rows, at_once)]
+
+
+def rows_of(matrix: Matrix, rows: slice) -> Matrix:
+    """Some rows of `matrix`, as views."""
+    return matrix.rows(rows) if isinstance(matrix, PackedMatrix) else matrix[rows]
+
+
+def pack_rows(matrix: Matrix, layout: MatrixLayout, record: Tensor, rows: slice) -> None:
+    """Pack some rows of `matrix` into their places in `record`."""
+    layout.store(packed(rows_of(matrix, rows), layout.bits), record, rows)
+
+
 def packed_records(
     source: WeightSource, layouts: RecordLayouts, keys: Sequence[ExpertKey]
 ) -> Generator[Tensor, None, None]:
     """The records of `keys`, uint8 (stride,), in their order; see `in_order`."""
-    return in_order(partial(_record, source, layouts, key) for key in keys)
+    experts = source.config.num_layers * source.config.n_routed_experts
+    # One expert read and one record made in each thread, and two finished records waiting for each.
+    each = source.routed_bytes // experts + 3 * layouts.stride + _MEMORY_OF_ROWS
+    return in_order((partial(_record, source, layouts, key) for key in keys), max(1, _MEMORY // each))
 
 
-def in_order(jobs: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+def in_order(jobs: Iterable[Callable[[], T]], most: int | None = None) -> Generator[T, None, None]:
     """What `jobs` return, in their order, several done at a time; only a few results exist at any time.
 
-    Until the generator is exhausted or closed, torch runs with one thread in this process.
+    As many threads as torch has, at most `most`; each has one job and two results waiting. Until the
+    generator is exhausted or closed, torch runs with one thread in this process.
     """
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    threads = before if most is None else min(before, most)
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads, "packing")
     pending: deque[Future[T]] = deque()
@@ -64,7 +95,7 @@ def in_order(jobs: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _record(source: WeightSource, layouts: RecordLayouts, key: ExpertKey) -> Tensor:
@@ -74,7 +105,8 @@ def _record(source: WeightSource, layouts: RecordLayouts, key: ExpertKey) -> Ten
     )
     for layout, matrix, name in parts:
         try:
-            layout.store(packed(matrix, layout.bits), record)
+            for rows in row_slices(matrix):
+                pack_rows(matrix, layout, record, rows)
         except CheckpointError as error:
             raise CheckpointError(f"{source.directory}: {name}: {error}") from None
     return record

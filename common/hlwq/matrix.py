@@ -18,6 +18,12 @@ from common.hlwq.hadamard import hadamard_transform
 from common.hlwq.planes import BLOCK, RAW_BITS, unpack_planes
 
 
+def raw_matrix(weight: Tensor) -> PackedMatrix:
+    """W (out, in) bfloat16 as a matrix of 16 bits, sharing its memory."""
+    assert weight.dtype == torch.bfloat16
+    return PackedMatrix(RAW_BITS, weight.shape[1], (weight.contiguous().view(torch.uint8),), None, None)
+
+
 @dataclass(frozen=True)
 class PackedMatrix:
     """W (out_features, in_features).
@@ -39,6 +45,11 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (*self.planes, self.norms, self.codebook) if part is not None)
+
+    def rows(self, rows: slice) -> PackedMatrix:
+        """Some of its rows, as views."""
+        norms = None if self.norms is None else self.norms[rows]
+        return replace(self, planes=tuple(plane[rows] for plane in self.planes), norms=norms)
 
     def to(self, device: torch.device) -> PackedMatrix:
         """The same on `device`; itself if it is there already."""

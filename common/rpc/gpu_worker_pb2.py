@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ommon/rpc/gpu_worker.proto\x12\x11\x65xpert_serving.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x04\x43hat\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.expert_serving.v1.ChatMessage\"\x99\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x07 \x01(\rH\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x10\n\x08logprobs\x18\n \x01(\rB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x11\n\x0f_max_new_tokens\"\xd5\x01\n\x0fGenerateRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x30\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1b.expert_serving.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.expert_serving.v1.ChatH\x00\x12\x33\n\x08sampling\x18\x05 \x01(\x0b\x32!.expert_serving.v1.SamplingParamsB\x08\n\x06prompt\"0\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"Z\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x34\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32\x1e.expert_serving.v1.Alternative\"?\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.expert_serving.v1.Token\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"]\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\"f\n\rCacheCounters\x12\x0c\n\x04hits\x18\x01 \x01(\x04\x12\x0e\n\x06misses\x18\x02 \x01(\x04\x12\x10\n\x08hit_rate\x18\x03 \x01(\x01\x12\x15\n\rbytes_fetched\x18\x04 \x01(\x04\x12\x0e\n\x06staged\x18\x05 \x01(\x04\"\x9f\x01\n\x06\x46inish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\'\n\x05usage\x18\x02 \x01(\x0b\x32\x18.expert_serving.v1.Usage\x12+\n\x07timings\x18\x03 \x01(\x0b\x32\x1a.expert_serving.v1.Timings\x12/\n\x05\x63\x61\x63he\x18\x04 \x01(\x0b\x32 .expert_serving.v1.CacheCounters\"p\n\rGenerateEvent\x12)\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x18.expert_serving.v1.DeltaH\x00\x12+\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x19.expert_serving.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\x93\x01\n\x0cScoreRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x30\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1b.expert_serving.v1.TokenIdsH\x00\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\x0e\n\x06stride\x18\x05 \x01(\rB\x07\n\x05input\"\x1c\n\nScoreStart\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"\x1e\n\nScorePiece\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\"u\n\nScoreEvent\x12.\n\x05start\x18\x01 \x01(\x0b\x32\x1d.expert_serving.v1.ScoreStartH\x00\x12.\n\x05piece\x18\x02 \x01(\x0b\x32\x1d.expert_serving.v1.ScorePieceH\x00\x42\x07\n\x05\x65vent\"\x12\n\x10ModelInfoRequest\"\x85\x02\n\x0eModelInfoReply\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0f\n\x07pattern\x18\t \x01(\t\x12\x0e\n\x06layers\x18\n \x01(\r\x12\x19\n\x11\x65xperts_per_layer\x18\x0b \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\x0c \x01(\r\"\x14\n\x12WorkerStatsRequest\"\xf3\x02\n\x0bWorkerStats\x12\x17\n\x0fslots_per_layer\x18\x01 \x01(\r\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x10\n\x08prefetch\x18\x04 \x01(\t\x12/\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32 .expert_serving.v1.CacheCounters\x12\x12\n\nhints_sent\x18\x06 \x01(\x04\x12\x14\n\x0chints_useful\x18\x07 \x01(\x04\x12\x10\n\x08requests\x18\x08 \x01(\x04\x12\x17\n\x0frequests_failed\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x0b \x01(\x04\x12\x0f\n\x07running\x18\x0c \x01(\r\x12\x0f\n\x07waiting\x18\r \x01(\r\x12\r\n\x05store\x18\x0e \x01(\t\x12\x16\n\x0euptime_seconds\x18\x0f \x01(\x01\x12\x14\n\x0cslots_pinned\x18\x10 \x01(\r\"\x13\n\x11StopWorkerRequest\"\x11\n\x0fStopWorkerReply2\xa1\x03\n\tGpuWorker\x12R\n\x08Generate\x12\".expert_serving.v1.GenerateRequest\x1a .expert_serving.v1.GenerateEvent0\x01\x12I\n\x05Score\x12\x1f.expert_serving.v1.ScoreRequest\x1a\x1d.expert_serving.v1.ScoreEvent0\x01\x12S\n\tModelInfo\x12#.expert_serving.v1.ModelInfoRequest\x1a!.expert_serving.v1.ModelInfoReply\x12N\n\x05Stats\x12%.expert_serving.v1.WorkerStatsRequest\x1a\x1e.expert_serving.v1.WorkerStats\x12P\n\x04Stop\x12$.expert_serving.v1.StopWorkerRequest\x1a\".expert_serving.v1.StopWorkerReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ommon/rpc/gpu_worker.proto\x12\x11\x65xpert_serving.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x04\x43hat\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.expert_serving.v1.ChatMessage\"\x99\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x07 \x01(\rH\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x10\n\x08logprobs\x18\n \x01(\rB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x11\n\x0f_max_new_tokens\"\xd5\x01\n\x0fGenerateRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x30\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1b.expert_serving.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.expert_serving.v1.ChatH\x00\x12\x33\n\x08sampling\x18\x05 \x01(\x0b\x32!.expert_serving.v1.SamplingParamsB\x08\n\x06prompt\"0\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"Z\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x34\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32\x1e.expert_serving.v1.Alternative\"?\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.expert_serving.v1.Token\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"]\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\"\x96\x01\n\rCacheCounters\x12\x0c\n\x04hits\x18\x01 \x01(\x04\x12\x0e\n\x06misses\x18\x02 \x01(\x04\x12\x10\n\x08hit_rate\x18\x03 \x01(\x01\x12\x15\n\rbytes_fetched\x18\x04 \x01(\x04\x12\x0e\n\x06staged\x18\x05 \x01(\x04\x12\x15\n\rfetch_seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x07 \x01(\x01\"\x9f\x01\n\x06\x46inish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\'\n\x05usage\x18\x02 \x01(\x0b\x32\x18.expert_serving.v1.Usage\x12+\n\x07timings\x18\x03 \x01(\x0b\x32\x1a.expert_serving.v1.Timings\x12/\n\x05\x63\x61\x63he\x18\x04 \x01(\x0b\x32 .expert_serving.v1.CacheCounters\"p\n\rGenerateEvent\x12)\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x18.expert_serving.v1.DeltaH\x00\x12+\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x19.expert_serving.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\x93\x01\n\x0cScoreRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x30\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1b.expert_serving.v1.TokenIdsH\x00\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\x0e\n\x06stride\x18\x05 \x01(\rB\x07\n\x05input\"\x1c\n\nScoreStart\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"\x1e\n\nScorePiece\x12\x10\n\x08logprobs\x18\x01 \x03(\x02\"u\n\nScoreEvent\x12.\n\x05start\x18\x01 \x01(\x0b\x32\x1d.expert_serving.v1.ScoreStartH\x00\x12.\n\x05piece\x18\x02 \x01(\x0b\x32\x1d.expert_serving.v1.ScorePieceH\x00\x42\x07\n\x05\x65vent\"\x12\n\x10ModelInfoRequest\"\x85\x02\n\x0eModelInfoReply\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x0f\n\x07pattern\x18\t \x01(\t\x12\x0e\n\x06layers\x18\n \x01(\r\x12\x19\n\x11\x65xperts_per_layer\x18\x0b \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\x0c \x01(\r\"\x14\n\x12WorkerStatsRequest\"\xf3\x02\n\x0bWorkerStats\x12\x17\n\x0fslots_per_layer\x18\x01 \x01(\r\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x10\n\x08prefetch\x18\x04 \x01(\t\x12/\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32 .expert_serving.v1.CacheCounters\x12\x12\n\nhints_sent\x18\x06 \x01(\x04\x12\x14\n\x0chints_useful\x18\x07 \x01(\x04\x12\x10\n\x08requests\x18\x08 \x01(\x04\x12\x17\n\x0frequests_failed\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x0b \x01(\x04\x12\x0f\n\x07running\x18\x0c \x01(\r\x12\x0f\n\x07waiting\x18\r \x01(\r\x12\r\n\x05store\x18\x0e \x01(\t\x12\x16\n\x0euptime_seconds\x18\x0f \x01(\x01\x12\x14\n\x0cslots_pinned\x18\x10 \x01(\r\"\x13\n\x11StopWorkerRequest\"\x11\n\x0fStopWorkerReply2\xa1\x03\n\tGpuWorker\x12R\n\x08Generate\x12\".expert_serving.v1.GenerateRequest\x1a .expert_serving.v1.GenerateEvent0\x01\x12I\n\x05Score\x12\x1f.expert_serving.v1.ScoreRequest\x1a\x1d.expert_serving.v1.ScoreEvent0\x01\x12S\n\tModelInfo\x12#.expert_serving.v1.ModelInfoRequest\x1a!.expert_serving.v1.ModelInfoReply\x12N\n\x05Stats\x12%.expert_serving.v1.WorkerStatsRequest\x1a\x1e.expert_serving.v1.WorkerStats\x12P\n\x04Stop\x12$.expert_serving.v1.StopWorkerRequest\x1a\".expert_serving.v1.StopWorkerReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,32 +51,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USAGE']._serialized_end=943
   _globals['_TIMINGS']._serialized_start=945
   _globals['_TIMINGS']._serialized_end=1038
-  _globals['_CACHECOUNTERS']._serialized_start=1040
-  _globals['_CACHECOUNTERS']._serialized_end=1142
-  _globals['_FINISH']._serialized_start=1145
-  _globals['_FINISH']._serialized_end=1304
-  _globals['_GENERATEEVENT']._serialized_start=1306
-  _globals['_GENERATEEVENT']._serialized_end=1418
-  _globals['_SCOREREQUEST']._serialized_start=1421
-  _globals['_SCOREREQUEST']._serialized_end=1568
-  _globals['_SCORESTART']._serialized_start=1570
-  _globals['_SCORESTART']._serialized_end=1598
-  _globals['_SCOREPIECE']._serialized_start=1600
-  _globals['_SCOREPIECE']._serialized_end=1630
-  _globals['_SCOREEVENT']._serialized_start=1632
-  _globals['_SCOREEVENT']._serialized_end=1749
-  _globals['_MODELINFOREQUEST']._serialized_start=1751
-  _globals['_MODELINFOREQUEST']._serialized_end=1769
-  _globals['_MODELINFOREPLY']._serialized_start=1772
-  _globals['_MODELINFOREPLY']._serialized_end=2033
-  _globals['_WORKERSTATSREQUEST']._serialized_start=2035
-  _globals['_WORKERSTATSREQUEST']._serialized_end=2055
-  _globals['_WORKERSTATS']._serialized_start=2058
-  _globals['_WORKERSTATS']._serialized_end=2429
-  _globals['_STOPWORKERREQUEST']._serialized_start=2431
-  _globals['_STOPWORKERREQUEST']._serialized_end=2450
-  _globals['_STOPWORKERREPLY']._serialized_start=2452
-  _globals['_STOPWORKERREPLY']._serialized_end=2469
-  _globals['_GPUWORKER']._serialized_start=2472
-  _globals['_GPUWORKER']._serialized_end=2889
+  _globals['_CACHECOUNTERS']._serialized_start=1041
+  _globals['_CACHECOUNTERS']._serialized_end=1191
+  _globals['_FINISH']._serialized_start=1194
+  _globals['_FINISH']._serialized_end=1353
+  _globals['_GENERATEEVENT']._serialized_start=1355
+  _globals['_GENERATEEVENT']._serialized_end=1467
+  _globals['_SCOREREQUEST']._serialized_start=1470
+  _globals['_SCOREREQUEST']._serialized_end=1617
+  _globals['_SCORESTART']._serialized_start=1619
+  _globals['_SCORESTART']._serialized_end=1647
+  _globals['_SCOREPIECE']._serialized_start=1649
+  _globals['_SCOREPIECE']._serialized_end=1679
+  _globals['_SCOREEVENT']._serialized_start=1681
+  _globals['_SCOREEVENT']._serialized_end=1798
+  _globals['_MODELINFOREQUEST']._serialized_start=1800
+  _globals['_MODELINFOREQUEST']._serialized_end=1818
+  _globals['_MODELINFOREPLY']._serialized_start=1821
+  _globals['_MODELINFOREPLY']._serialized_end=2082
+  _globals['_WORKERSTATSREQUEST']._serialized_start=2084
+  _globals['_WORKERSTATSREQUEST']._serialized_end=2104
+  _globals['_WORKERSTATS']._serialized_start=2107
+  _globals['_WORKERSTATS']._serialized_end=2478
+  _globals['_STOPWORKERREQUEST']._serialized_start=2480
+  _globals['_STOPWORKERREQUEST']._serialized_end=2499
+  _globals['_STOPWORKERREPLY']._serialized_start=2501
+  _globals['_STOPWORKERREPLY']._serialized_end=2518
+  _globals['_GPUWORKER']._serialized_start=2521
+  _globals['_GPUWORKER']._serialized_end=2938
 # @@protoc_insertion_point(module_scope)

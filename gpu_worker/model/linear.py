@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.hlwq.matrix import PackedMatrix
+from common.hlwq import native
+from common.hlwq.matrix import PackedMatrix, raw_matrix
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,16 @@ class Linear:
     """y = x W^T for W (out, in); `weight` is W in the compute dtype, or packed."""
 
     weight: Tensor | PackedMatrix
+
+    @classmethod
+    def of(cls, weight: Tensor | PackedMatrix, dtype: torch.dtype, device: torch.device) -> Linear:
+        """A stored matrix on `device`. The native kernels compute from bfloat16 as it is stored, mapped file
+        included, so for them nothing is copied; elsewhere plain weights are cast to the compute dtype."""
+        if isinstance(weight, PackedMatrix):
+            return cls(weight.to(device))
+        if device.type == "cpu" and weight.dtype == torch.bfloat16 and native.usable(weight):
+            return cls(raw_matrix(weight))
+        return cls(weight.to(device, dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x.dtype."""

@@ -68,7 +68,7 @@ class NemotronH:
 
     def _run(self, tokens: Tensor, step: Step) -> Tensor:
         epsilon = self.config.layer_norm_epsilon
-        hidden = F.embedding(tokens, self.weights.embeddings)
+        hidden = F.embedding(tokens, self.weights.embeddings).to(self.weights.norm_f.dtype)
         for block, mixer in self.blocks:
             hidden = hidden + mixer(rms_norm(hidden, block.norm, epsilon), step)
         return rms_norm(hidden, self.weights.norm_f, epsilon)

@@ -71,7 +71,7 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    embeddings: Tensor  # (vocab, hidden)
+    embeddings: Tensor  # (vocab, hidden), as stored
     blocks: tuple[BlockWeights, ...]
     norm_f: Tensor  # (hidden,)
     lm_head: Linear  # (vocab, hidden)
@@ -88,7 +88,7 @@ def build_weights(
     _check(tensors, config)
     source = _Source(tensors, dtype, torch.device(device))
     weights = ModelWeights(
-        embeddings=source.tensor("backbone.embeddings.weight"),
+        embeddings=source.stored("backbone.embeddings.weight"),
         blocks=tuple(_block(source, config, index) for index in range(len(config.pattern))),
         norm_f=source.tensor("backbone.norm_f.weight"),
         lm_head=source.linear("lm_head.weight"),
@@ -127,13 +127,17 @@ class _Source:
         self.nbytes += placed.nbytes
         return placed
 
-    def linear(self, name: str) -> Linear:
+    def stored(self, name: str) -> Tensor:
+        """Uncast: rows are looked up, so the few that are needed can be cast then."""
         found = self.tensors[name]
-        weight = (
-            found.to(self.device) if isinstance(found, PackedMatrix) else found.to(self.device, self.dtype)
-        )
-        self.nbytes += weight.nbytes
-        return Linear(weight)
+        assert isinstance(found, Tensor)
+        self.nbytes += found.nbytes
+        return found.to(self.device)
+
+    def linear(self, name: str) -> Linear:
+        linear = Linear.of(self.tensors[name], self.dtype, self.device)
+        self.nbytes += linear.nbytes
+        return linear
 
 
 def _block(source: _Source, config: ModelConfig, index: int) -> BlockWeights:

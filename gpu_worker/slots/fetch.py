@@ -1,15 +1,16 @@
 """Fetching: records from the arena's frames into slots, and asking the store for those that are absent.
 
-The life of a miss. A READY frame is copied straight from the mapped arena: no message. An absent expert is
-asked for by STAGE; the reply names its frame, pinned for this worker until RELEASE. Used by the engine's
-thread alone; the link behind it is kept up by the event loop (`gpu_worker.store_link`).
+The life of a miss. A READY frame is copied straight from the mapped arena, or computed from where it lies: no
+message. An absent expert is asked for by STAGE; once the reply is there its frame is pinned for this worker
+until RELEASE. Used by the engine's thread alone; the link behind it is kept up by the event loop
+(`gpu_worker.store_link`).
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import zmq
@@ -22,6 +23,8 @@ from common.messages import Done, Failed, Fault, Kind, request, unpack_reply
 from gpu_worker.store_link import Attachment, StoreLink
 
 Wanted = tuple[ExpertKey, Tensor]
+# Makes use of a record that was staged; False if its frame was reused meanwhile.
+Take = Callable[[MappedArena, ExpertKey], bool]
 
 # One core copies records at half of what memory moves; several share a wave from this size up, below which
 # handing the work over costs more than it saves.
@@ -59,28 +62,40 @@ class Fetcher:
         attachment = self._link.last_attachment
         return attachment is not None and attachment.all_fit
 
+    @property
+    def arena(self) -> MappedArena:
+        """The frames as they are mapped now, whether the store lives or not."""
+        assert self._link.last_attachment is not None, "fetching before the first attachment"
+        return self._link.last_attachment.arena
+
     def fetch(self, wanted: Sequence[Wanted]) -> set[ExpertKey]:
         """Copy each record into its slot; returns the experts that had to be staged first.
+
+        Raises what `stage` raises.
+        """
+        ready = read_ready(self.arena, wanted)
+        absent = {key: slot for key, slot in wanted if key not in ready}
+        self.stage(absent, lambda arena, key: arena.read(key, absent[key]))
+        return set(absent)
+
+    def stage(self, keys: Iterable[ExpertKey], take: Take) -> None:
+        """Have each record staged, and `take` it while its frame is pinned, in whatever order they come.
 
         Raises Unavailable when the store is gone and does not come back in time, CheckpointError when it
         cannot read a record, Exhausted when it has no frame for one.
         """
-        assert self._link.last_attachment is not None, "fetching before the first attachment"
-        ready = read_ready(self._link.last_attachment.arena, wanted)
-        absent = {key: slot for key, slot in wanted if key not in ready}
-        staged = set(absent)
+        absent = dict.fromkeys(keys)
         deadline = time.monotonic() + FETCH_TIMEOUT
         while absent:
             attachment = self._link.wait_attached(RETURN_TIMEOUT)
             try:
-                self._stage(attachment, absent, deadline)
+                self._stage(attachment, absent, take, deadline)
             except _StoreGone:
                 continue  # whatever is still in `absent` is asked for again, of the store's successor
             except ServingError:
                 # Requests without a reply are left behind; with the lease ends whatever they come to pin.
                 self._link.give_up(attachment)
                 raise
-        return staged
 
     def hint(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Hint those of `keys` that are absent, if a store is attached; returns them. Never waits."""
@@ -98,8 +113,10 @@ class Fetcher:
         if self._context is not None:
             self._context.destroy(linger=0)
 
-    def _stage(self, attachment: Attachment, absent: dict[ExpertKey, Tensor], deadline: float) -> None:
-        """Ask for all of `absent` at once; copy each record as it comes and take it out of the dict."""
+    def _stage(
+        self, attachment: Attachment, absent: dict[ExpertKey, None], take: Take, deadline: float
+    ) -> None:
+        """Ask for all of `absent` at once; take each record as it comes, and its key out of the dict."""
         socket = self._connect(attachment)
         asked = {self._send(socket, attachment, Kind.STAGE, [key]): key for key in absent}
         while absent:
@@ -116,7 +133,7 @@ class Fetcher:
                 continue  # the answer to a hint or a release, or to a request given up before
             if isinstance(reply, Failed):
                 self._raise(attachment, reply)
-            whole = attachment.arena.read(key, absent[key])
+            whole = take(attachment.arena, key)
             self._send(socket, attachment, Kind.RELEASE, [key])
             if whole:
                 del absent[key]

@@ -2,49 +2,26 @@
 
 This is where a token meets the cache: look up, fetch what is missing, compute, combine in rank order. Each
 (row, rank) product is computed alone from its expert's rows and combined afterwards, so that neither the
-number of slots nor the order of waves can change a bit of the result.
+number of slots nor the order of waves can change a bit of the result. (`direct` does the same without slots,
+from the frames themselves.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from common.expert_key import ExpertKey
 from common.record import RecordLayouts
-from gpu_worker.kernels.expert_mlp import expert_mlp
+from gpu_worker.kernels.expert_mlp import ExpertKernel, combine
 from gpu_worker.slots.cache import LayerSlots
+from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.slots.fetch import Fetcher
+from gpu_worker.slots.groups import Groups
 from gpu_worker.slots.hints import Hints
-from gpu_worker.slots.policies import Policy
-
-
-@dataclass
-class CacheCounters:
-    """Since the start: experts needed by a step and found in a slot, or not; what fetching moved."""
-
-    hits: int = 0
-    misses: int = 0
-    bytes_fetched: int = 0
-    staged: int = 0  # misses that had to wait for the store's disk
-
-    def copy(self) -> CacheCounters:
-        return replace(self)
-
-    def since(self, earlier: CacheCounters) -> CacheCounters:
-        return CacheCounters(
-            self.hits - earlier.hits,
-            self.misses - earlier.misses,
-            self.bytes_fetched - earlier.bytes_fetched,
-            self.staged - earlier.staged,
-        )
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / max(1, self.hits + self.misses)
+from gpu_worker.slots.policies import POLICIES
 
 
 class SlotExperts:
@@ -54,15 +31,17 @@ class SlotExperts:
         self,
         layout: RecordLayouts,
         slots: int,
-        policy: Policy,
+        policy: str,
         fetcher: Fetcher,
         hints: Hints,
         device: torch.device,
     ) -> None:
         self.counters = CacheCounters()
-        self.layers = [LayerSlots(slots, policy) for _ in layout.layers]
+        self.layers = [LayerSlots(slots, POLICIES[policy]) for _ in layout.layers]
         self.hints = hints
+        self._policy_name = policy
         self._layout, self._fetcher = layout, fetcher
+        self._kernels = [ExpertKernel(layer) for layer in layout.layers]
         # The pool is the weight tensor: kernels are handed slots, never copies.
         self.pool = torch.empty(len(layout.layers), slots, layout.stride, dtype=torch.uint8, device=device)
 
@@ -76,30 +55,39 @@ class SlotExperts:
         missing = [ExpertKey(layer, e) for e in sorted(experts) if self.layers[layer].lookup(e) is None]
         self.hints.send(missing)
 
+    @property
+    def slots(self) -> int:
+        """Slots in each layer."""
+        return self.layers[0].slots
+
+    @property
+    def pinned(self) -> int:
+        return sum(layer.pinned for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        return self.pool.nbytes
+
+    def describe(self) -> str:
+        """The policy in force."""
+        return self._policy_name
+
     def compute(self, layer: int, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """x (rows, hidden), choices and weights (rows, k) to (rows, hidden), summed in rank order."""
-        rows, k = choices.shape
-        groups = group_by_expert(choices)
-        products = x.new_empty(rows * k, x.shape[1])
-        for wave in self._waves(layer, list(groups)):
-            for expert, slot in wave:
-                pairs = groups[expert]
-                products[pairs] = self._expert(layer, slot, x[pairs // k])
-        products = products.view(rows, k, -1)
-        total = products[:, 0].float() * weights[:, :1]
-        for rank in range(1, k):
-            total += products[:, rank].float() * weights[:, rank : rank + 1]
-        return total.to(x.dtype)
+        groups = Groups.of(choices)
+        products = x.new_empty(choices.numel(), x.shape[1], dtype=torch.float32)
+        for wave in self._waves(layer, groups.experts):
+            records = [self.pool[layer, slot] for _, slot in wave]
+            with self.counters.computing():
+                positions = groups.select([expert for expert, _ in wave])
+                self._kernels[layer](records, positions, x, products)
+        return combine(products, weights, x.dtype)
 
     def check_integrity(self) -> None:
         """To be called between steps: conservation, and nothing pinned."""
         for slots in self.layers:
             slots.check_integrity()
             assert slots.pinned == 0, "a slot is still pinned between steps"
-
-    def _expert(self, layer: int, slot: int, x: Tensor) -> Tensor:
-        record, layout = self.pool[layer, slot], self._layout[layer]
-        return expert_mlp(x, layout.up.view(record), layout.down.view(record))
 
     def _waves(self, layer: int, needed: list[int]) -> Iterator[list[tuple[int, int]]]:
         """Groups of (expert, slot), pinned while the caller computes from them; together all of `needed`."""
@@ -149,7 +137,8 @@ class SlotExperts:
         slots = self.layers[layer]
         wanted = [(ExpertKey(layer, expert), slots.reserve(expert)) for expert in experts]
         try:
-            staged = self._fetcher.fetch([(key, self.pool[layer, slot]) for key, slot in wanted])
+            with self.counters.fetching():
+                staged = self._fetcher.fetch([(key, self.pool[layer, slot]) for key, slot in wanted])
         except BaseException:
             for expert in experts:
                 slots.abandon(expert)
@@ -159,11 +148,3 @@ class SlotExperts:
         self.counters.bytes_fetched += len(experts) * self._layout.stride
         self.counters.staged += len(staged)
         self.hints.note_misses([key for key, _ in wanted], staged)
-
-
-def group_by_expert(choices: Tensor) -> dict[int, Tensor]:
-    """For each chosen expert, ascending, the flat positions row * k + rank where it was chosen."""
-    flat = choices.flatten()
-    order = flat.argsort(stable=True)
-    experts, counts = flat[order].unique_consecutive(return_counts=True)
-    return dict(zip(experts.tolist(), order.split(counts.tolist()), strict=True))

@@ -1,10 +1,11 @@
 """How many slots: what was asked for, what a VRAM budget leaves, and the default."""
 
 import pytest
+import torch
 
 from common.errors import ConfigError
 from common.model_config import ModelConfig
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import DIRECT, WorkerConfig
 from gpu_worker.sizing import choose_slots
 from tests.helpers.engines import NOWHERE
 from tests.helpers.models import tiny_config
@@ -15,7 +16,9 @@ MODEL = ModelConfig.from_dict(tiny_config(n_routed_experts=32, num_experts_per_t
 
 def slots(other_bytes: int = 0, **options: int) -> int:
     config = WorkerConfig(store=NOWHERE, listen=NOWHERE, **options)  # type: ignore[arg-type]
-    return choose_slots(config, MODEL, RECORD, other_bytes).slots
+    choice = choose_slots(config, MODEL, RECORD, other_bytes, torch.device("cuda"))
+    assert choice.slots is not None
+    return choice.slots
 
 
 def test_slots_as_asked_but_never_more_than_experts() -> None:
@@ -32,3 +35,14 @@ def test_vram_less_what_is_taken_is_shared_by_the_layers() -> None:
 
 def test_a_quarter_of_the_experts_by_default() -> None:
     assert slots() == 8
+
+
+def test_the_cpu_computes_from_frames_unless_asked_otherwise() -> None:
+    def choice(device: str, **options: int | str) -> int | None:
+        config = WorkerConfig(store=NOWHERE, listen=NOWHERE, **options)  # type: ignore[arg-type]
+        return choose_slots(config, MODEL, RECORD, 0, torch.device(device)).slots
+
+    assert choice("cpu") is None and choice("cpu", slots=DIRECT) is None
+    assert choice("cpu", slots=3) == 3
+    with pytest.raises(ConfigError, match="needs --device cpu"):
+        choice("cuda", slots=DIRECT)

@@ -1,9 +1,9 @@
 """The native kernels on tensors: finds the compiled library, and hands it pointers.
 
 Every function has a plain PyTorch twin beside the algorithm it computes (`planes`, `hadamard`, `quantize`,
-`matrix`), which decides by `usable` whether to come here. EXPERT_SERVING_KERNELS=plain forces the twins, and so
-does an installation without a C++ compiler, which says so once; avx512, avx2 or portable force one path. The
-kernels take contiguous CPU tensors, spread their work over torch's number of threads, and keep nothing.
+`matrix`), which decides by `usable` whether to come here. EXPERT_SERVING_KERNELS=plain forces the twins, so
+does an installation without a C++ compiler, which says so once; avx512, avx2 or portable force one path.
+The kernels take contiguous CPU tensors, spread their work over torch's number of threads, and keep nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from common.errors import ConfigError
 
 if TYPE_CHECKING:
     from common.hlwq.matrix import PackedMatrix
+    from common.record import MatrixLayout
 
 ENVIRONMENT = "EXPERT_SERVING_KERNELS"
 PLAIN = "plain"
@@ -90,6 +92,15 @@ def layout_of(matrix: PackedMatrix) -> tuple[Layout, int]:
     return Layout(matrix.bits, *matrix.shape, planes, norms, codebook), base
 
 
+def record_layout(layout: MatrixLayout) -> Layout:
+    """The layout of a matrix relative to the start of its record."""
+    planes = (c_int64 * 2)(*(section.offset for section in layout.planes))
+    norms, codebook = (
+        0 if section is None else section.offset for section in (layout.norms, layout.codebook)
+    )
+    return Layout(layout.bits, layout.out_features, layout.in_features, planes, norms, codebook)
+
+
 def product(matrix: PackedMatrix, x: Tensor) -> Tensor:
     """x W'^T in float32, for x (rows, in) float32."""
     layout, base = layout_of(matrix)
@@ -149,8 +160,8 @@ def experts(
     up: Layout,
     down: Layout,
     records: Sequence[int],
-    starts: Tensor,
-    pairs: Tensor,
+    starts: np.ndarray,
+    pairs: np.ndarray,
     k: int,
     x: Tensor,
     products: Tensor,
@@ -159,11 +170,22 @@ def experts(
 
     Those of expert e are pairs[starts[e] : starts[e + 1]]; int64 both. x (rows, hidden) and products float32.
     """
+    x = x.contiguous()
+    assert products.is_contiguous() and pairs.dtype == starts.dtype == np.int64
     addresses = (c_void_p * len(records))(*records)
     _call(
-        "hlwq_experts", up, down, addresses, len(records), starts.data_ptr(), pairs.data_ptr(), k,
+        "hlwq_experts", up, down, addresses, len(records), starts.ctypes.data, pairs.ctypes.data, k,
         x.data_ptr(), products.data_ptr(),
     )  # fmt: skip
+
+
+def combine(products: Tensor, weights: Tensor) -> Tensor:
+    """products (rows * k, hidden) weighted by weights (rows, k) and summed in rank order; float32 all."""
+    (rows, k), hidden = weights.shape, products.shape[1]
+    products, weights = products.contiguous(), weights.contiguous()
+    sums = torch.empty(rows, hidden)
+    _call("hlwq_combine", products.data_ptr(), weights.data_ptr(), rows, k, hidden, sums.data_ptr())
+    return sums
 
 
 def _call(name: str, *arguments: Any) -> Any:
@@ -190,6 +212,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "hlwq_decode": (None, [POINTER(Layout), c_void_p, c_int32, c_void_p]),
     "hlwq_product": (None, [POINTER(Layout), c_void_p, c_void_p, c_int64, c_void_p]),
+    "hlwq_combine": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_experts": (
         None,
         [

@@ -192,3 +192,17 @@ void hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* c
     });
     multiply(*down, down_sources.data(), down_targets.data());
 }
+
+void hlwq_combine(const float* products, const float* weights, int64_t rows, int64_t k, int64_t hidden, float* sums) {
+    pieces(rows, 16, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++) {
+            float* sum = sums + row * hidden;
+            std::fill(sum, sum + hidden, 0.0f);
+            for (int64_t rank = 0; rank < k; rank++) {
+                const float* product = products + (row * k + rank) * hidden;
+                const float weight = weights[row * k + rank];
+                for (int64_t i = 0; i < hidden; i++) sum[i] += weight * product[i];
+            }
+        }
+    });
+}

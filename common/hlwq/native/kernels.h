@@ -46,4 +46,7 @@ void hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* 
 // at pairs[starts[e]] .. pairs[starts[e + 1]]): products[p] = down(relu(up(x[p / k]))^2), float32 (., hidden).
 void hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t experts,
                   const int64_t* starts, const int64_t* pairs, int64_t k, const float* x, float* products);
+
+// sums[row] = sum over ranks, in their order, of weights[row * k + rank] * products[row * k + rank].
+void hlwq_combine(const float* products, const float* weights, int64_t rows, int64_t k, int64_t hidden, float* sums);
 }

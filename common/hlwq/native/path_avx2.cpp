@@ -24,6 +24,7 @@ typedef float Vec __attribute__((vector_size(32)));
 // alternates. Gathered centroids come in order.
 template <int BITS>
 constexpr int position(int code) {
+    if (BITS == 16) return (code / 16 * 2 + code % 2) * kLanes + code % 16 / 2;
     if (BITS > 5) return code;
     const int half = code / 16, within = code % 16;
     return (within / 8 * 2 + within % 2) * kLanes + half * 4 + within % 8 / 2;
@@ -162,6 +163,14 @@ template <bool SPLIT>
 struct Lookup<8, SPLIT> : Gather<8> {
     using Gather<8>::Gather;
 };
+
+[[gnu::always_inline]] inline void raw_weights(const uint16_t* source, Vec w[4]) {
+    for (int i = 0; i < 2; i++) {
+        const __m256i words = _mm256_loadu_si256((const __m256i*)(source + 16 * i));
+        w[2 * i] = (Vec)_mm256_slli_epi32(words, 16);
+        w[2 * i + 1] = (Vec)_mm256_and_si256(words, _mm256_set1_epi32(int32_t(0xffff0000)));
+    }
+}
 
 #include "path.inc"
 

@@ -20,9 +20,11 @@ typedef float Vec __attribute__((vector_size(64)));
 
 [[gnu::always_inline]] inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
 
-// Of 64 consecutive codes, words hold those of even and of odd number, and a word's half of a lane alternates.
+// Of 64 consecutive codes, words hold those of even and of odd number, and a word's half of a lane alternates; raw
+// weights are words already.
 template <int BITS>
 constexpr int position(int code) {
+    if (BITS == 16) return (code / 32 * 2 + code % 2) * kLanes + code % 32 / 2;
     return (code % 2 * 2 + code / 2 % 2) * kLanes + code / 4;
 }
 
@@ -146,6 +148,13 @@ struct Lookup {
         }
     }
 };
+
+[[gnu::always_inline]] inline void raw_weights(const uint16_t* source, Vec w[4]) {
+    for (int i = 0; i < 2; i++) {
+        const __m512i words = _mm512_loadu_si512(source + 32 * i);
+        w[2 * i] = low_words(words), w[2 * i + 1] = high_words(words);
+    }
+}
 
 #include "path.inc"
 

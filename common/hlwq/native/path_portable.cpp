@@ -51,6 +51,15 @@ struct Lookup {
     }
 };
 
+inline void raw_weights(const uint16_t* source, Vec w[4]) {
+    for (int i = 0; i < 4 * kLanes; i++) {
+        const uint32_t bits = uint32_t(source[i]) << 16;
+        float value;
+        __builtin_memcpy(&value, &bits, 4);
+        w[i / kLanes][i % kLanes] = value;
+    }
+}
+
 #include "path.inc"
 
 }  // namespace

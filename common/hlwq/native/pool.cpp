@@ -22,6 +22,7 @@ struct Pool {
     std::atomic<int64_t> next{0};
     std::atomic<int> running{0};
     std::atomic<bool> stopping{false};
+    std::atomic<int> threads{1};  // those that take part, the caller included
     const std::function<void(int64_t)>* body = nullptr;
     int64_t count = 0;
     pid_t owner = getpid();
@@ -67,7 +68,7 @@ struct Pool {
         }
     }
 
-    void resize(int threads) {
+    void resize(int wanted) {
         {
             std::lock_guard lock(mutex);
             stopping = true;
@@ -76,7 +77,8 @@ struct Pool {
         for (auto& worker : workers) worker.join();
         workers.clear();
         stopping = false;
-        for (int i = 1; i < threads; i++) workers.emplace_back(&Pool::serve, this, round.load());
+        threads = wanted;
+        for (int i = 1; i < wanted; i++) workers.emplace_back(&Pool::serve, this, round.load());
     }
 };
 
@@ -94,18 +96,19 @@ Pool& pool() {
 
 void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
     Pool& shared = pool();
-    std::lock_guard turn(shared.turn);
-    if (count > 1 && !shared.workers.empty()) {
-        shared.run(count, body);
-    } else {
+    if (count <= 1 || shared.threads == 1) {
         for (int64_t i = 0; i < count; i++) body(i);
+        return;
     }
+    std::lock_guard turn(shared.turn);
+    shared.run(count, body);
 }
 
 void set_threads(int threads) {
     Pool& shared = pool();
+    if (shared.threads == threads) return;
     std::lock_guard turn(shared.turn);
-    if (int(shared.workers.size()) + 1 != threads) shared.resize(threads);
+    shared.resize(threads);
 }
 
 }  // namespace hlwq

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -138,7 +139,7 @@ def test_experts(path: str, bits: int, tokens: int) -> None:
         down.planes[1] += shift
         down.norms += shift
         down.codebook += shift
-        native.experts(up, down, [base], torch.tensor([0, len(pairs)]), pairs, k, x, got)
+        native.experts(up, down, [base], np.array([0, len(pairs)]), pairs.numpy(), k, x, got)
         middle = torch.relu(ups[expert].product(x[pairs // k])).square()
         expected[pairs] = downs[expert].product(middle)
     assert torch.equal(got, expected)

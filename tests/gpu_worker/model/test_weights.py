@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.hlwq import native
+from common.hlwq.matrix import PackedMatrix
 from gpu_worker.model.linear import Linear
 from gpu_worker.model.weights import Mamba2Weights, MoEWeights, build_weights
 from tests.helpers.nemotron import Twins, make_twins
@@ -21,9 +23,21 @@ def twins() -> Twins:
 
 def test_sixteen_bit_weights_are_raised_to_the_compute_type(twins: Twins) -> None:
     halved = {name: tensor.bfloat16() for name, tensor in twins.dense.items()}
-    weights = build_weights(halved, twins.config, torch.float32)
+    with native.forced(native.PLAIN):
+        weights = build_weights(halved, twins.config, torch.float32)
     assert weights.lm_head.weight.dtype == weights.blocks[0].norm.dtype == torch.float32
     assert torch.equal(weights.lm_head.weight, halved["lm_head.weight"].float())
+
+
+def test_the_native_kernels_take_bfloat16_matrices_as_they_are(twins: Twins) -> None:
+    halved = {name: tensor.bfloat16() for name, tensor in twins.dense.items()}
+    matrix = build_weights(halved, twins.config, torch.float32).lm_head.weight
+    assert isinstance(matrix, PackedMatrix) and matrix.bits == 16
+    assert matrix.planes[0].data_ptr() == halved["lm_head.weight"].data_ptr(), "nothing is copied"
+    x = torch.randn(3, 48)
+    torch.testing.assert_close(
+        matrix.product(x), x @ halved["lm_head.weight"].float().T, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_recurrences_and_routers_stay_float32(twins: Twins) -> None:

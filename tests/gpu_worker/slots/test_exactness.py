@@ -8,8 +8,11 @@ import torch
 
 from common.checkpoint.packed import PackedCheckpoint
 from common.errors import Unavailable
+from common.expert_key import ExpertKey
+from common.hlwq import native
 from tests.helpers.engines import FixedLink, full_arena, greedy, load, packed, prompt_logits
 from tests.helpers.models import make_hf_model
+from tests.helpers.nemotron import relative_error
 
 PROMPT = [(7 * i * i + 3 * i) % 96 for i in range(70)]
 
@@ -29,8 +32,8 @@ def expected(link: FixedLink) -> tuple[list[int], torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfru"])
-@pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
-def test_slots_and_policy_change_nothing(link: FixedLink, expected, slots: int, policy: str) -> None:
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 8, "direct"])
+def test_slots_and_policy_change_nothing(link: FixedLink, expected, slots: int | str, policy: str) -> None:
     tokens, logits, prompt = expected
     engine = load(link, slots=slots, policy=policy).engine
     for _ in ("fresh", "warm"):
@@ -39,6 +42,53 @@ def test_slots_and_policy_change_nothing(link: FixedLink, expected, slots: int, 
         assert torch.equal(got_logits, logits)
         assert torch.equal(prompt_logits(engine, PROMPT), prompt)
         engine.check_integrity()
+
+
+def test_chunks_change_nothing(link: FixedLink) -> None:
+    """By the native kernels, a row's result does not depend on how many rows it stands among."""
+    engine = load(link).engine
+    experts = engine.experts
+    x, choices = torch.randn(9, 128), torch.stack([torch.randperm(8)[:2] for _ in range(9)])
+    weights = torch.rand(9, 2)
+    whole = experts.compute(0, x, choices, weights)
+    alone = [experts.compute(0, x[i : i + 1], choices[i : i + 1], weights[i : i + 1]) for i in range(9)]
+    assert torch.equal(torch.cat(alone), whole)
+
+
+def test_plain_twins_agree_with_the_native_kernels(link: FixedLink, expected) -> None:
+    _, _, prompt = expected
+    with native.forced(native.PLAIN):
+        got = prompt_logits(load(link, slots=3).engine, PROMPT)
+    assert relative_error(got, prompt) <= 2e-5
+
+
+def test_direct_throws_away_what_a_reused_frame_gave(
+    link: FixedLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame is reused while the kernel runs: the product is made again from where the record is then."""
+    experts = load(link).engine.experts
+    x, weights, choices = torch.randn(1, 128), torch.full((1, 2), 0.5), torch.tensor([[5, 6]])
+    expected = experts.compute(0, x, choices, weights)
+    arena, kernel = experts._fetcher.arena, experts._kernels[0]
+    staged: list[ExpertKey] = []
+
+    def torn(records, positions, x, products) -> None:
+        kernel(records, positions, x, products)
+        if not staged:
+            products[positions[1]] = torch.nan  # what came of expert 6
+            words = arena.words.copy()
+            words[0, 6] += 1 << 32  # another generation
+            monkeypatch.setattr(arena, "words", words)
+
+    def stage(keys, take) -> None:
+        staged.extend(keys)
+        assert all(take(arena, key) for key in keys)
+
+    monkeypatch.setattr(experts._fetcher, "stage", stage)
+    monkeypatch.setattr(experts, "_kernels", [torn])
+    assert torch.equal(experts.compute(0, x, choices, weights), expected)
+    assert staged == [ExpertKey(0, 6)]
+    assert (experts.counters.hits, experts.counters.misses) == (3, 1)
 
 
 def test_counters_add_up(link: FixedLink) -> None:
