@@ -1,6 +1,7 @@
 """What a checkpoint on disk is, in numbers: one dictionary for JSON, one table for people.
 
-Reads headers only. Works for every kind of checkpoint that `common.checkpoint` opens.
+Works for every kind of checkpoint that `common.checkpoint` opens. Reads headers only, and codes where nothing
+but the largest of them tells how many bits they have.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def _packed(checkpoint: PackedCheckpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
     return {
         "kind": "packed",
+        "layouts": None,
         "bytes": _bytes(checkpoint),
         "bits": _bits(checkpoint),
         "record_stride": manifest.stride,
@@ -84,6 +86,7 @@ def _unpacked(checkpoint: HuggingFaceCheckpoint) -> dict[str, Any]:
     """The same keys, so that readers of the JSON need not ask for the kind first."""
     return {
         "kind": "huggingface",
+        "layouts": checkpoint.layouts or None,
         "bytes": _bytes(checkpoint),
         "bits": _bits(checkpoint),
         "record_stride": None,
@@ -103,16 +106,29 @@ def _bytes(source: WeightSource) -> dict[str, int]:
 
 
 def _bits(source: WeightSource) -> dict[str, object] | None:
-    """Bits of what is stored as codes, or None; one number where all matrices of a kind agree."""
-    routed, stored = source.expert_bits, source.dense_stored
-    kinds = {
-        "up_proj": [bits and bits.up for bits in routed],
-        "down_proj": [bits and bits.down for bits in routed],
-        "dense": [stored[name].bits for name in packable_dense(source.config)],
+    """Bits of what is stored as codes, or None; one number where all matrices of a kind agree.
+
+    Dense matrices are one kind as long as they agree, else a kind for each name that they have in a block.
+    """
+    kinds: dict[str, list[int | None]] = {
+        "up_proj": [bits and bits.up for bits in source.expert_bits],
+        "down_proj": [bits and bits.down for bits in source.expert_bits],
     }
+    dense = {name: source.dense_stored[name].bits for name in packable_dense(source.config)}
+    together = len(set(dense.values())) == 1
+    for name, bits in dense.items():
+        kinds.setdefault("dense" if together else _dense_kind(name), []).append(bits)
     if not any(any(bits) for bits in kinds.values()):
         return None
     return {kind: bits[0] if len(set(bits)) == 1 else bits for kind, bits in kinds.items()}
+
+
+def _dense_kind(name: str) -> str:
+    """What a dense matrix is in its block: in_proj, shared_experts.up_proj, mlp.up_proj; lm_head."""
+    _, _, kind = name.removesuffix(".weight").rpartition(".mixer.")
+    if kind in ("up_proj", "down_proj"):
+        return f"mlp.{kind}"
+    return kind
 
 
 def _plain(value: object) -> str:

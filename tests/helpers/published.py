@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.hlwq.codebook import published_codebook
+from common.hlwq.matrix import PackedMatrix
 from common.hlwq.quantize import quantize
 
 Array = NDArray[Any]
@@ -105,6 +106,36 @@ def polar_engine(name: str, matrix: Codes) -> Arrays:
     """What the publisher's own tool chooses by the bits of each matrix."""
     chosen = nibbles if matrix.bits <= 4 else q5 if matrix.bits == 5 else int8
     return chosen(name, matrix)
+
+
+# Layouts of any bits, every layout with bits that it can have, and bits as a recipe in use mixes them.
+ANY_BITS = [
+    int8,
+    int8_with_ct,
+    hlwq,
+    hlwq_with_short_meta,
+    double_underscore,
+    all_underscores,
+]
+EVERY_LAYOUT = [
+    *((layout, bits) for layout in ANY_BITS for bits in (3, 5)),
+    *((layout, bits) for layout in (int8, double_underscore) for bits in (2, 6, 8)),
+    (hlwq, 4),
+    (nibbles, 2),
+    (nibbles, 3),
+    (nibbles, 4),
+    (q5, 5),
+]
+MIXED = {
+    "*.experts.*.up_proj": 3,
+    "*.experts.*.down_proj": 4,
+    "*.in_proj": 5,
+    "*.shared_experts.*": 8,
+    "*.[qkv]_proj": 5,
+    "*.out_proj": 6,
+    "*.o_proj": 6,
+    "lm_head": 6,
+}
 
 
 @dataclass(frozen=True)
@@ -202,6 +233,16 @@ def published_model(
         else:
             matrices[name] = codes_of(tensor, width)
     return PublishedModel(source, plain, matrices)
+
+
+def assert_same(found: object, written: Codes) -> None:
+    """`found` is packed, and all that was written is in it."""
+    assert isinstance(found, PackedMatrix)
+    assert (found.bits, found.in_features) == (written.bits, written.in_features)
+    assert np.array_equal(found.codes().numpy(), written.codes)
+    assert found.norms is not None and found.codebook is not None
+    assert np.array_equal(found.norms.numpy().view(np.int16), written.norms.view(np.int16))
+    assert np.array_equal(found.codebook.numpy(), written.codebook)
 
 
 def codes_of(weight: Tensor, bits: int) -> Codes:

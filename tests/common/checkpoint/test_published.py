@@ -24,43 +24,16 @@ from tests.common.hlwq.test_check_values import CODES_ROW_0, CODES_ROW_0_BLOCK_1
 from tests.helpers import published
 from tests.helpers.models import edited_json
 from tests.helpers.nemotron import relative_error
-from tests.helpers.published import Codes, Layout, PublishedModel, codes_of, published_model
+from tests.helpers.published import Codes, Layout, PublishedModel, assert_same, codes_of, published_model
 
-ANY_BITS = [
-    published.int8,
-    published.int8_with_ct,
-    published.hlwq,
-    published.hlwq_with_short_meta,
-    published.double_underscore,
-    published.all_underscores,
-]
-EVERY_LAYOUT = [
-    *((layout, bits) for layout in ANY_BITS for bits in (3, 5)),
-    *((layout, bits) for layout in (published.int8, published.double_underscore) for bits in (2, 6, 8)),
-    (published.hlwq, 4),
-    (published.nibbles, 2),
-    (published.nibbles, 3),
-    (published.nibbles, 4),
-    (published.q5, 5),
-]
-MIXED = {
-    "*.experts.*.up_proj": 3,
-    "*.experts.*.down_proj": 4,
-    "*.in_proj": 5,
-    "*.shared_experts.*": 8,
-    "*.[qkv]_proj": 5,
-    "*.out_proj": 6,
-    "*.o_proj": 6,
-    "lm_head": 6,
-}
-IN_PROJ, UP_3 = "backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.experts.3.up_proj"
+IN_PROJ = "backbone.layers.0.mixer.in_proj"
 
 
 def id_of(value: object) -> str:
     return getattr(value, "__name__", str(value))
 
 
-every_layout = pytest.mark.parametrize(("layout", "bits"), EVERY_LAYOUT, ids=id_of)
+every_layout = pytest.mark.parametrize(("layout", "bits"), published.EVERY_LAYOUT, ids=id_of)
 
 
 def read_all(directory: Path) -> dict[str, PackedMatrix]:
@@ -77,14 +50,6 @@ def read_all(directory: Path) -> dict[str, PackedMatrix]:
         for name, matrix in found.items()
         if isinstance(matrix, PackedMatrix)
     }
-
-
-def assert_same(found: PackedMatrix, written: Codes) -> None:
-    assert (found.bits, found.in_features) == (written.bits, written.in_features)
-    assert np.array_equal(found.codes().numpy(), written.codes)
-    assert found.norms is not None and found.codebook is not None
-    assert np.array_equal(found.norms.numpy().view(np.int16), written.norms.view(np.int16))
-    assert np.array_equal(found.codebook.numpy(), written.codebook)
 
 
 def assert_reads(directory: Path, model: PublishedModel) -> None:
@@ -171,7 +136,7 @@ def test_any_other_stored_codebook_is_kept(pristine: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("layout", [published.polar_engine, published.int8, published.hlwq], ids=id_of)
 def test_every_matrix_has_its_own_bits(pristine: Path, tmp_path: Path, layout: Layout) -> None:
-    model = published_model(pristine, MIXED)
+    model = published_model(pristine, published.MIXED)
     assert_reads(model.write(tmp_path / "model", layout), model)
     checkpoint = HuggingFaceCheckpoint.open(tmp_path / "model")
     assert checkpoint.expert_bits == (ExpertBits(3, 4),) * 2
@@ -258,7 +223,7 @@ def test_polar_config_may_say_nothing(
 
 def test_format_strings_are_not_trusted(pristine: Path, tmp_path: Path) -> None:
     """Layouts are told from tensors, and so are bits wherever a codebook or packed bytes tell them."""
-    model = published_model(pristine, MIXED)
+    model = published_model(pristine, published.MIXED)
     model.write(tmp_path / "model", published.polar_engine)
     with edited_json(tmp_path / "model" / "polar_config.json") as config:
         config["format"] = "hlwq-q3"
