@@ -184,7 +184,7 @@ def _some_rows_at_a_time(matrix: Matrix) -> Iterator[PackedMatrix]:
 def _five_bits(codes: Tensor, most_significant_first: bool) -> Tensor:
     """Codes (rows, columns) uint8, columns a multiple of 8 -> bytes (rows, columns * 5 / 8).
 
-    The codes of neighbouring lanes are joined into lanes twice as wide, until 8 codes are one number of 40 bits.
+    Neighbouring lanes are joined into lanes twice as wide, until 8 codes are one number of 40 bits.
     """
     lanes, width = codes.contiguous().view(torch.int64), 5  # little-endian: code 0 in the lowest byte
     for lane, mask in ((8, 0x00FF00FF00FF00FF), (16, 0x0000FFFF0000FFFF), (32, 0x00000000FFFFFFFF)):

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from common.checkpoint import PackedCheckpoint, open_checkpoint
 from common.checkpoint.packed_writer import pack
 from common.checkpoint.plan import make_plan
+from common.checkpoint.unpacking import unpack
 
 TINY: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h",
@@ -64,6 +65,12 @@ def pack_model(source: Path, destination: Path, up_bits: int = 5, down_bits: int
     checkpoint = open_checkpoint(source)
     recipe = {"*.experts.*.up_proj": up_bits, "*.experts.*.down_proj": down_bits}
     return pack(checkpoint, destination, make_plan(checkpoint, recipe=recipe), lambda done, total: None)
+
+
+def unpack_model(source: Path, destination: Path, layout: str = "bf16", largest_shard: int = 10**9) -> Path:
+    """Unpack any checkpoint, without a progress bar; returns `destination`."""
+    unpack(open_checkpoint(source), destination, layout, lambda done, total: None, largest_shard)
+    return destination
 
 
 @contextmanager
