@@ -69,15 +69,15 @@ class MatrixLayout:
             codebook = _run(record, self.codebook).view(torch.float32)
         return PackedMatrix(self.bits, self.in_features, planes, norms, codebook)
 
-    def store(self, matrix: PackedMatrix, record: Tensor) -> None:
-        """Copy `matrix` into its sections of `record`; the shapes must be this layout's."""
+    def store(self, matrix: PackedMatrix, record: Tensor, rows: slice = slice(None)) -> None:
+        """Copy `matrix`, which is those rows, into its sections of `record`; shapes must be this layout's."""
         target = self.view(record)
         assert matrix.bits == self.bits and matrix.in_features == self.in_features, "matrix of another layout"
         for source, plane in zip(matrix.planes, target.planes, strict=True):
-            plane.copy_(source)
+            plane[rows].copy_(source)
         if target.norms is not None and target.codebook is not None:
             assert matrix.norms is not None and matrix.codebook is not None
-            target.norms.copy_(matrix.norms)
+            target.norms[rows].copy_(matrix.norms)
             target.codebook.copy_(matrix.codebook)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, Unavailable
 
 
 class FileState(NamedTuple):
@@ -30,8 +30,10 @@ def states_of(paths: Iterable[Path]) -> dict[Path, FileState]:
     """The state of each file now; raises CheckpointError for one that is gone."""
     try:
         return {path: FileState.of(path) for path in paths}
+    except FileNotFoundError as error:
+        raise changed(Path(error.filename)) from None
     except OSError as error:
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise Unavailable(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def check_unchanged(states: dict[Path, FileState]) -> None:

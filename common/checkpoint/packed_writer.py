@@ -1,38 +1,34 @@
 """Writes a packed checkpoint from any other: streamed, checksummed, and visible only when complete.
 
 Records go to disk as they are packed, so memory holds a few experts whatever the model's size. The same
-source and plan give the same bytes. The form on disk is described in `packed`; `packing` quantizes.
+source and plan give the same bytes, so a run goes on where an interrupted one stopped (`resumable`). The
+form on disk is described in `packed`; `packing` quantizes, `dense_file` writes what is not routed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from common.checkpoint.checksum import ChecksummedFile, FileEntry
-from common.checkpoint.manifest import MANIFEST, Manifest
-from common.checkpoint.packed import (
-    DENSE,
-    RECORDS,
-    PackedCheckpoint,
-    dense_layouts,
-    layer_file,
-    packed_name,
-)
-from common.checkpoint.packing import packed, packed_records
-from common.checkpoint.partial import check_room, partial_directory
+from common.checkpoint.dense_file import DenseFile
+from common.checkpoint.file_state import check_unchanged, states_of
+from common.checkpoint.manifest import MANIFEST, VERSION, Manifest
+from common.checkpoint.packed import DENSE, RECORDS, PackedCheckpoint, layer_file
+from common.checkpoint.packing import packed_records
 from common.checkpoint.plan import BitPlan
-from common.checkpoint.source import Matrix, WeightSource
-from common.checkpoint.tensor_file import DATA_ALIGNMENT, ELEMENT_BYTES, TensorInfo, data, header
-from common.errors import CheckpointError
+from common.checkpoint.resumable import ResumableDirectory, resumable_directory
+from common.checkpoint.source import WeightSource
+from common.checkpoint.tensor_file import TensorInfo, data, header
 from common.expert_key import ExpertKey
-from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import RAW_BITS
-from common.record import MatrixLayout, RecordLayouts, record_layouts
+from common.record import RecordLayouts, record_layouts
 
 Progress = Callable[[int, int], None]
 
@@ -40,77 +36,89 @@ Progress = Callable[[int, int], None]
 def pack(
     source: WeightSource, destination: Path, plan: BitPlan, progress: Progress, name: str | None = None
 ) -> PackedCheckpoint:
-    """Pack `source` into `destination`, which must not exist; `progress` gets experts done and in all.
+    """Pack `source` into `destination`, which must not exist; `progress` gets its bytes, done and in all.
 
     `name` says in the manifest what was packed; the source directory's name by default. Raises ConfigError
-    (bits), CheckpointError (weights that are not finite, the destination) or Exhausted (the disk is full),
-    and then leaves nothing behind.
+    (bits) or CheckpointError (weights that are not finite, a source that changes, the destination), and then
+    leaves nothing behind; Exhausted (the disk is full), and then keeps what is finished for the next run.
     """
     layouts = record_layouts(source.config, plan.experts)
-    check_room(destination, _size(source, layouts, plan))
-    with partial_directory(destination) as partial:
-        files = {path.name: _copy(path, partial / path.name) for path in source.carried_files()}
-        files[DENSE] = _write_dense(partial / DENSE, source, plan)
-        files |= _write_layers(partial, source, layouts, progress)
+    identity, states = source.identity, states_of(source.files())
+    dense = DenseFile(source, plan)
+    sizes = {path.name: path.stat().st_size for path in source.carried_files()} | {DENSE: dense.size}
+    head = header({RECORDS: TensorInfo("U8", (source.config.n_routed_experts, layouts.stride))})
+    for layer in range(source.config.num_layers):
+        sizes[layer_file(layer)] = len(head) + source.config.n_routed_experts * layouts.stride
+    with resumable_directory(destination, _key(identity, layouts, plan), sizes) as directory:
+        done = _Done(source, progress, directory.finished)
+        for path in source.carried_files():
+            directory.write(path.name, partial(_copy, path))
+        directory.write(DENSE, partial(dense.write, done.count_dense))
+        _write_layers(directory, source, layouts, head, done)
+        check_unchanged(states)
+        files = {name: directory.finished[name] for name in sizes}
         manifest = _manifest(source, layouts, plan, files, name or source.directory.resolve().name)
-        with ChecksummedFile(partial / MANIFEST) as file:
+        with ChecksummedFile(directory.path / MANIFEST) as file:
             file.write(manifest.to_json().encode())
     return PackedCheckpoint.open(destination)
 
 
+class _Done:
+    """How many of the source's bytes are done; those of routed experts in equal shares."""
+
+    def __init__(self, source: WeightSource, progress: Progress, finished: dict[str, FileEntry]) -> None:
+        config, self._progress = source.config, progress
+        self._experts = config.num_layers * config.n_routed_experts
+        self._routed_bytes = source.routed_bytes
+        dense_bytes = sum(stored.size for stored in source.dense_stored.values())
+        self._total = dense_bytes + self._routed_bytes
+        self._dense = dense_bytes if DENSE in finished else 0
+        layers = sum(layer_file(layer) in finished for layer in range(config.num_layers))
+        self._experts_done = layers * config.n_routed_experts
+        self._report()
+
+    def count_dense(self, size: int) -> None:
+        self._dense += size
+        self._report()
+
+    def count_expert(self) -> None:
+        self._experts_done += 1
+        self._report()
+
+    def _report(self) -> None:
+        routed = self._routed_bytes * self._experts_done // self._experts
+        self._progress(self._dense + routed, self._total)
+
+
 def _write_layers(
-    directory: Path, source: WeightSource, layouts: RecordLayouts, progress: Progress
-) -> dict[str, FileEntry]:
-    layers, experts = source.config.num_layers, source.config.n_routed_experts
-    head = header({RECORDS: TensorInfo("U8", (experts, layouts.stride))})
-    files = {}
-    for layer in range(layers):
-        keys = [ExpertKey(layer, expert) for expert in range(experts)]
-        # Closing the generator ends its threads, also when a write fails.
-        with (
-            closing(packed_records(source, layouts, keys)) as records,
-            ChecksummedFile(directory / layer_file(layer)) as file,
-        ):
-            file.write(head)
-            for done, record in enumerate(records, layer * experts + 1):
-                file.write(data(record))
-                progress(done, layers * experts)
-        files[layer_file(layer)] = file.entry
-    return files
+    directory: ResumableDirectory, source: WeightSource, layouts: RecordLayouts, head: bytes, done: _Done
+) -> None:
+    """Every layer's file that is not finished. Threads pack ahead of the file that is being synced."""
+    experts = source.config.n_routed_experts
+    missing = [n for n in range(source.config.num_layers) if layer_file(n) not in directory.finished]
+    keys = [ExpertKey(layer, expert) for layer in missing for expert in range(experts)]
+
+    def fill(file: ChecksummedFile) -> None:
+        file.write(head)
+        for record in islice(records, experts):
+            file.write(data(record))
+            done.count_expert()
+
+    # Closing the generator ends its threads, also when a write fails.
+    with closing(packed_records(source, layouts, keys)) as records:
+        for layer in missing:
+            directory.write(layer_file(layer), fill)
 
 
-def _write_dense(path: Path, source: WeightSource, plan: BitPlan) -> FileEntry:
-    """The dense weights as the source stores them, but for the matrices that the plan packs."""
-    layouts = dense_layouts(source.config, plan.dense)
-    infos = {}
-    for name, stored in source.dense_stored.items():
-        if name in layouts:
-            infos[name] = TensorInfo("U8", (layouts[name][1],))
-        else:
-            infos[name] = TensorInfo(stored.dtype, stored.shape)
-    order = sorted(infos, key=lambda name: -ELEMENT_BYTES[infos[name].dtype])  # wide first: all stay aligned
-    with ChecksummedFile(path) as file:
-        file.write(header({packed_name(name) if name in layouts else name: infos[name] for name in order}))
-        for name in order:
-            try:
-                file.write(data(_dense_tensor(source.dense_matrix(name), layouts.get(name))))
-            except CheckpointError as error:
-                raise CheckpointError(f"{source.directory}: {name}: {error}") from None
-    return file.entry
+def _copy(path: Path, file: ChecksummedFile) -> None:
+    file.write(path.read_bytes())
 
 
-def _dense_tensor(matrix: Matrix, layout: tuple[MatrixLayout, int] | None) -> Tensor:
-    """What is written of a dense weight: its packed bytes, or its values."""
-    if layout is not None:
-        run = torch.zeros(layout[1], dtype=torch.uint8)
-        layout[0].store(packed(matrix, layout[0].bits), run)
-        return run
-    if isinstance(matrix, PackedMatrix):
-        return matrix.decode(torch.bfloat16)
-    # The extremes are NaN if any value is; a mask of finite values would take as much memory again.
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all()):
-        raise CheckpointError("weights are not finite")
-    return matrix
+def _key(identity: str, layouts: RecordLayouts, plan: BitPlan) -> str:
+    """Whatever decides the bytes of the files: runs of one key can share them."""
+    versions = [VERSION, importlib.metadata.version("expert-serving")]
+    decisive = [*versions, identity, layouts.digest, plan.experts, sorted(plan.dense.items())]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def _manifest(
@@ -138,20 +146,3 @@ def _codebook_origin(source: WeightSource, plan: BitPlan) -> str:
         pairs += zip(bits, before or (None, None), strict=True)
     kept = {bits == before for bits, before in pairs if bits != RAW_BITS}
     return {(): "none", (False,): "converged", (True,): "source"}.get(tuple(kept), "mixed")
-
-
-def _size(source: WeightSource, layouts: RecordLayouts, plan: BitPlan) -> int:
-    """Bytes of all weights as they will be written."""
-    layer = source.config.n_routed_experts * layouts.stride + DATA_ALIGNMENT
-    packed_sizes = {name: size for name, (_, size) in dense_layouts(source.config, plan.dense).items()}
-    dense = sum(
-        packed_sizes.get(name) or TensorInfo(stored.dtype, stored.shape).size
-        for name, stored in source.dense_stored.items()
-    )
-    return source.config.num_layers * layer + dense
-
-
-def _copy(path: Path, target: Path) -> FileEntry:
-    with ChecksummedFile(target) as file:
-        file.write(path.read_bytes())
-    return file.entry

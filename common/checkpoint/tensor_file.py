@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.checkpoint.file_state import FileState, changed
 from common.checkpoint.names import Shape
-from common.errors import CheckpointError
+from common.errors import CheckpointError, Unavailable
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
@@ -81,7 +81,7 @@ class TensorFile:
             )
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """The tensor, or some rows of it, in memory of its own. Raises CheckpointError if the file changed.
+        """The tensor, or some rows of it, in memory of its own; CheckpointError if the file changed.
 
         A file that was cut short while it is mapped kills the process that touches it; reading it does not.
         """
@@ -104,8 +104,10 @@ class TensorFile:
                 while buffer and (count := os.preadv(file.fileno(), [buffer], offset)):
                     buffer, offset = buffer[count:], offset + count
                 unchanged = not buffer and FileState.of(file.fileno()) == self._state
+        except FileNotFoundError:
+            raise changed(self.path) from None
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
+            raise Unavailable(f"{self.path} cannot be read: {error.strerror}") from error
         if not unchanged:
             raise changed(self.path)
 

@@ -1,24 +1,20 @@
-"""Packing appears whole or not at all: whatever fails, nothing is left and nothing was ever half visible."""
+"""Packing appears whole or not at all, in order, in bounded memory; what cannot be packed leaves nothing."""
 
-import resource
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, packing
 from common.checkpoint.packed_writer import pack
 from common.checkpoint.plan import make_plan
-from common.errors import CheckpointError, ConfigError, Exhausted
+from common.errors import CheckpointError, ConfigError
 from common.expert_key import ExpertKey
 from common.record import ExpertBits, RecordLayouts, record_layouts
 from tests.helpers.models import edited_tensors, pack_model
@@ -72,62 +68,6 @@ def test_refuses_unknown_bits(pristine: Path, destination: Path) -> None:
     assert_nothing_left(destination)
 
 
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let the system refuse to grow any file beyond `size`, as a full disk or a quota does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("size", [1000, 100_000], ids=["in the config", "in the dense weights"])
-def test_disk_full_while_packing(pristine: Path, destination: Path, size: int) -> None:
-    with file_size_limit(size), pytest.raises(Exhausted, match="no room on the disk"):
-        pack_model(pristine, destination)
-    assert_nothing_left(destination)
-
-
-def test_disk_full_in_the_records(pristine: Path, destination: Path) -> None:
-    """The limit comes down when dense weights are written and three experts are packed."""
-    source = HuggingFaceCheckpoint.open(pristine)
-    stack = ExitStack()
-
-    def limit(done: int, total: int) -> None:
-        if done == 3:
-            stack.enter_context(file_size_limit(70_000))
-
-    with stack, pytest.raises(Exhausted, match="no room on the disk"):
-        pack(source, destination, make_plan(source), limit)
-    assert_nothing_left(destination)
-
-
-def test_refuses_at_once_when_the_disk_is_too_small(
-    pristine: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(destination.parent)._replace(free=500_000)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(Exhausted, match="500 kB are free"):
-        pack_model(pristine, destination)
-
-
-def test_an_interrupt_leaves_nothing(pristine: Path, destination: Path) -> None:
-    seen: list[list[str]] = []
-
-    def interrupt(done: int, total: int) -> None:
-        seen.append([path.name.split("-")[0] for path in destination.parent.iterdir()])
-        if done == 10:
-            raise KeyboardInterrupt
-
-    source = HuggingFaceCheckpoint.open(pristine)
-    with pytest.raises(KeyboardInterrupt):
-        pack(source, destination, make_plan(source), interrupt)
-    assert seen == [["packed.partial"]] * 10, "the destination must not show before it is complete"
-    assert_nothing_left(destination)
-
-
 @pytest.mark.parametrize("records", [1, 16], ids=["abandoned", "exhausted"])
 def test_torch_gets_its_threads_back(pristine: Path, records: int) -> None:
     source = HuggingFaceCheckpoint.open(pristine)
@@ -155,32 +95,13 @@ def test_refuses_a_destination_without_a_parent(pristine: Path, tmp_path: Path) 
         pack_model(pristine, tmp_path / "absent" / "packed")
 
 
-def test_removes_what_a_killed_process_left(pristine: Path, destination: Path) -> None:
-    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    living = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    leftovers = {
-        process.pid: destination.with_name(f"packed.partial-{process.pid}") for process in (killed, living)
-    }
-    for leftover in leftovers.values():
-        leftover.mkdir()
-        (leftover / "dense.safetensors").touch()
-    others = {destination.with_name(f"other.partial-{killed.pid}"), destination.with_name(str(killed.pid))}
-    for other in others:
-        other.mkdir()
-    try:
-        killed.kill()
-        killed.communicate()
-        pack_model(pristine, destination)
-        assert set(destination.parent.iterdir()) == {destination, leftovers[living.pid], *others}
-    finally:
-        living.communicate(b"\n")
-
-
-def test_progress_counts_experts(pristine: Path, destination: Path) -> None:
+def test_progress_counts_the_bytes_of_all_weights(pristine: Path, destination: Path) -> None:
     reports: list[tuple[int, int]] = []
     source = HuggingFaceCheckpoint.open(pristine)
-    pack(source, destination, make_plan(source), lambda *report: reports.append(report), "tiny")
-    assert reports == [(done, 16) for done in range(1, 17)]
+    pack(source, destination, make_plan(source, dense_bits=4), lambda *report: reports.append(report), "tiny")
+    total = sum(tensor.nbytes for tensor in load_file(pristine / "model.safetensors").values())
+    assert reports[0] == (0, total) and reports[-1] == (total, total) and reports == sorted(reports)
+    assert len(reports) > 16 + len(source.dense_stored) and {every for _, every in reports} == {total}
     assert PackedCheckpoint.open(destination).manifest.source["name"] == "tiny"
 
 
@@ -214,3 +135,20 @@ def test_only_a_few_records_exist_at_any_time(pristine: Path, monkeypatch: pytes
     with closing(packing.packed_records(source, five_bits(source), KEYS)) as records:
         for taken, _ in enumerate(records, 1):
             assert len(made) == min(16, taken + ahead)
+
+
+def test_many_threads_share_the_memory(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Counting(ThreadPoolExecutor):
+        def __init__(self, threads: int, name: str) -> None:
+            asked.append(threads)
+            super().__init__(threads, name)
+
+    monkeypatch.setattr(packing, "ThreadPoolExecutor", Counting)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    source = HuggingFaceCheckpoint.open(pristine)
+    assert len(list(packing.packed_records(source, five_bits(source), KEYS))) == 16
+    assert len(list(packing.in_order([int] * 3))) == 3
+    assert asked == [21, 1000]
