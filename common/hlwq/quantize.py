@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.hlwq import native
 from common.hlwq.hadamard import hadamard_transform
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, RAW_BITS, pack_planes, padded
@@ -25,6 +26,7 @@ from common.hlwq.planes import BLOCK, RAW_BITS, pack_planes, padded
 # large ones its few large values. 1 is among them, so that a fitted norm is never worse than the paper's.
 NORM_SHARES = (0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18)
 
+_CANNOT = "weights are not finite, or too large for a float16 norm"
 _TIE = 1e-6
 _SMALLEST_NORM = 1e-10
 _LARGEST_NORM = torch.finfo(torch.float16).max
@@ -39,7 +41,8 @@ class NearestCentroid:
     """
 
     def __init__(self, codebook: Tensor) -> None:
-        midpoints = (codebook[:-1] + codebook[1:]) / 2 + _TIE
+        self.codebook = codebook
+        self.midpoints = midpoints = (codebook[:-1] + codebook[1:]) / 2 + _TIE
         # 0.9: the grid's own rounding must not put two midpoints into one cell.
         self.cell = float(midpoints.diff().min()) * 0.9
         self.origin = float(midpoints[0]) - self.cell
@@ -64,6 +67,11 @@ def quantize(weight: Tensor, codebook: Tensor, fit_norms: bool = False) -> tuple
     finite or a block's norm exceeds float16.
     """
     nearest = NearestCentroid(codebook)
+    if native.usable(weight):
+        found = native.quantize(weight, nearest, NORM_SHARES if fit_norms else ())
+        if found is None:
+            raise CheckpointError(_CANNOT)
+        return found
     columns = padded(weight.shape[1])
     codes = torch.empty(weight.shape[0], columns, dtype=torch.uint8)
     norms = torch.empty(weight.shape[0], columns // BLOCK, dtype=torch.float16)
@@ -72,7 +80,7 @@ def quantize(weight: Tensor, codebook: Tensor, fit_norms: bool = False) -> tuple
         blocks = F.pad(weight[rows].float(), (0, columns - weight.shape[1])).view(-1, BLOCK)
         norm = torch.linalg.vector_norm(blocks, dim=1, keepdim=True)
         if not bool((norm <= _LARGEST_NORM).all()):  # false for NaN as well
-            raise CheckpointError("weights are not finite, or too large for a float16 norm")
+            raise CheckpointError(_CANNOT)
         norm.clamp_min_(_SMALLEST_NORM)
         rotated = hadamard_transform(blocks.div_(norm)).mul_(math.sqrt(BLOCK))
         if fit_norms:

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from common.errors import ConfigError
 
 if TYPE_CHECKING:
     from common.hlwq.matrix import PackedMatrix
+    from common.hlwq.quantize import NearestCentroid
     from common.record import MatrixLayout
 
 ENVIRONMENT = "EXPERT_SERVING_KERNELS"
@@ -47,6 +48,21 @@ class Layout(ctypes.Structure):
         ("planes", c_int64 * 2),
         ("norms", c_int64),
         ("codebook", c_int64),
+    )
+
+
+class Grid(ctypes.Structure):
+    """HlwqGrid of kernels.h: a `NearestCentroid`."""
+
+    _fields_ = (
+        ("codebook", c_void_p),
+        ("thresholds", c_void_p),
+        ("lowest", c_void_p),
+        ("above", c_void_p),
+        ("origin", c_float),
+        ("inverse_cell", c_float),
+        ("last_cell", c_int32),
+        ("bits", c_int32),
     )
 
 
@@ -141,19 +157,24 @@ def unpack_planes(planes: Sequence[Tensor], columns: int, bits: int) -> Tensor:
 
 
 def quantize(
-    weight: Tensor, codebook: Tensor, thresholds: Tensor, refits: int, codes: Tensor, norms: Tensor
-) -> bool:
-    """Fill codes (rows, padded) and norms (rows, blocks); False for weights that cannot be quantized."""
-    weight, codebook, thresholds = weight.contiguous(), codebook.contiguous(), thresholds.contiguous()
-    bits = codebook.numel().bit_length() - 1
-    pointers = (
-        weight.data_ptr(),
-        _TYPES[weight.dtype],
-        *weight.shape,
-        codebook.data_ptr(),
-        thresholds.data_ptr(),
-    )
-    return bool(_call("hlwq_quantize", *pointers, bits, refits, codes.data_ptr(), norms.data_ptr()))
+    weight: Tensor, nearest: NearestCentroid, shares: Sequence[float]
+) -> tuple[Tensor, Tensor] | None:
+    """Codes uint8 (out, padded) and norms float16 (out, blocks) of W (out, in), whatever float W is.
+
+    None when a weight is not finite or a norm exceeds float16. Without `shares` norms are not fitted.
+    """
+    rows, columns = weight.shape
+    weight, blocks = weight.contiguous(), -(-columns // 128)
+    codes = torch.empty(rows, blocks * 128, dtype=torch.uint8)
+    norms = torch.empty(rows, blocks, dtype=torch.float16)
+    parts = (nearest.codebook, nearest.midpoints, nearest.lowest, nearest.threshold)
+    assert all(part.is_contiguous() for part in parts)
+    bits = nearest.codebook.numel().bit_length() - 1
+    grid = Grid(*(part.data_ptr() for part in parts), nearest.origin, 1 / nearest.cell, nearest.last, bits)
+    tried = (c_float * len(shares))(*shares)
+    matrix = (weight.data_ptr(), _TYPES[weight.dtype], rows, columns)
+    good = _call("hlwq_quantize", *matrix, grid, tried, len(shares), codes.data_ptr(), norms.data_ptr())
+    return (codes, norms) if good else None
 
 
 def experts(
@@ -208,7 +229,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hlwq_hadamard": (None, [c_void_p, c_int64]),
     "hlwq_quantize": (
         c_int32,
-        [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p],
+        [c_void_p, c_int32, c_int64, c_int64, POINTER(Grid), c_void_p, c_int32, c_void_p, c_void_p],
     ),
     "hlwq_decode": (None, [POINTER(Layout), c_void_p, c_int32, c_void_p]),
     "hlwq_product": (None, [POINTER(Layout), c_void_p, c_void_p, c_int64, c_void_p]),

@@ -116,15 +116,15 @@ void hlwq_hadamard(float* x, int64_t blocks) {
     });
 }
 
-int32_t hlwq_quantize(const void* weights, int32_t type, int64_t rows, int64_t columns, const float* codebook,
-                      const float* thresholds, int64_t bits, int32_t refits, uint8_t* codes, uint16_t* norms) {
+int32_t hlwq_quantize(const void* weights, int32_t type, int64_t rows, int64_t columns, const HlwqGrid* grid,
+                      const float* shares, int32_t count, uint8_t* codes, uint16_t* norms) {
     const Path& kernels = path();
     const int64_t width = padded(columns), size = type == HLWQ_FLOAT32 ? 4 : 2;
     std::atomic<bool> good{true};
     pieces(rows, 8, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; row++)
-            if (!kernels.quantize(static_cast<const uint8_t*>(weights) + row * columns * size, type, columns, codebook,
-                                  thresholds, bits, refits, codes + row * width, norms + row * width / kBlock))
+            if (!kernels.quantize(static_cast<const uint8_t*>(weights) + row * columns * size, type, columns, *grid,
+                                  shares, count, codes + row * width, norms + row * width / kBlock))
                 good = false;
     });
     return good;

@@ -29,12 +29,21 @@ void hlwq_unpack(const uint8_t* const* planes, int64_t rows, int64_t columns, in
 // H applied to each block of 128 of x, in place.
 void hlwq_hadamard(float* x, int64_t blocks);
 
-// W (rows, columns) to codes (rows, padded) and norms float16 (rows, padded / 128), as quantize.py defines it.
-// `thresholds` (levels - 1): a value takes the code that is the number of thresholds below it. `refits` is the
-// number of times that norms are refitted to the codes. Returns 0 when a weight is not finite or a norm exceeds
-// float16.
-int32_t hlwq_quantize(const void* weights, int32_t type, int64_t rows, int64_t columns, const float* codebook,
-                      const float* thresholds, int64_t bits, int32_t refits, uint8_t* codes, uint16_t* norms);
+// How values become codes: NearestCentroid of quantize.py. `thresholds` (levels - 1) are the values above which
+// the next code holds; `lowest` and `above` are the lowest code of a cell of a uniform grid, and the threshold in it.
+struct HlwqGrid {
+    const float *codebook, *thresholds;
+    const uint8_t* lowest;
+    const float* above;
+    float origin, inverse_cell;
+    int32_t last_cell, bits;
+};
+
+// W (rows, columns) to codes (rows, padded) and norms float16 (rows, padded / 128), as quantize.py defines them:
+// with `count` shares the norms are fitted, with none they are ||w||. Returns 0 when a weight is not finite or a
+// norm exceeds float16.
+int32_t hlwq_quantize(const void* weights, int32_t type, int64_t rows, int64_t columns, const HlwqGrid* grid,
+                      const float* shares, int32_t count, uint8_t* codes, uint16_t* norms);
 
 // W' (out, in), trimmed, rounded once to `type` (float32 or bfloat16).
 void hlwq_decode(const HlwqLayout* layout, const uint8_t* record, int32_t type, void* weights);

@@ -16,8 +16,8 @@ struct Path {
     void (*product)(const HlwqLayout& layout, const uint8_t* record, const float* const* prepared, int64_t rows,
                     int64_t first, int64_t last, float* const* y);
     void (*hadamard)(float* block);
-    bool (*quantize)(const void* weights, int32_t type, int64_t columns, const float* codebook,
-                     const float* thresholds, int64_t bits, int32_t refits, uint8_t* codes, uint16_t* norms);
+    bool (*quantize)(const void* weights, int32_t type, int64_t columns, const HlwqGrid& grid, const float* shares,
+                     int32_t count, uint8_t* codes, uint16_t* norms);
     void (*decode)(const HlwqLayout& layout, const uint8_t* record, int64_t row, int32_t type, void* weights);
 };
 

@@ -156,6 +156,7 @@ struct Lookup {
     }
 }
 
+#define HLWQ_SMALL_NEAREST "nearest_avx512.inc"
 #include "path.inc"
 
 }  // namespace

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from common.hlwq import native
-from common.hlwq.codebook import converged_codebook
+from common.hlwq.codebook import converged_codebook, packing_codebook
 from common.hlwq.hadamard import hadamard_matrix
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, PLANE_WIDTHS, pack_planes, padded, unpack_planes
@@ -107,6 +107,34 @@ def test_planes(path: str, rows: int, blocks: int, bits: int, data: st.DataObjec
     with native.forced(native.PLAIN):
         for ours, plain in zip(packed, pack_planes(codes, bits), strict=True):
             assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
+def test_quantize(path: str, bits: int, dtype: torch.dtype) -> None:
+    """Sums are taken in another order, so a value may change sides at a midpoint, and where norms are fitted a
+    block may take another of two shares that fit equally well: rarely, and to no one's harm."""
+    weight = (torch.randn(40, 300, generator=torch.Generator().manual_seed(bits)) * 0.02).to(dtype)
+    weight[3] = 0
+    codebook = packing_codebook(bits)
+    for fit_norms in (False, True):
+        ours = pack_matrix(weight, bits, codebook, fit_norms)
+        with native.forced(native.PLAIN):
+            plain = pack_matrix(weight, bits, codebook, fit_norms)
+        expected, got = (relative_error(matrix.decode(), weight.double()) for matrix in (plain, ours))
+        assert got == pytest.approx(expected, rel=2e-3)
+        assert not bool(ours.decode()[3].any()), "zeros stay zeros"
+        if not fit_norms:
+            assert float((ours.codes() != plain.codes()).float().mean()) <= 1e-3
+            assert torch.equal(ours.norms, plain.norms)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_quantize_refuses(path: str, value: float) -> None:
+    weight = torch.ones(9, 200)
+    weight[7, 150] = value
+    with pytest.raises(CheckpointError, match="not finite, or too large"):
+        pack_matrix(weight, 5, packing_codebook(5), True)
 
 
 def test_hadamard(path: str) -> None:
