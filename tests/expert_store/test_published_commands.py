@@ -20,7 +20,7 @@ from tests.helpers.published import Layout, published_model
 
 WEIGHTS = "model.safetensors"
 every_layout = pytest.mark.parametrize(
-    ("layout", "bits"), published.EVERY_LAYOUT, ids=lambda value: getattr(value, "__name__", str(value))
+    ("layout", "bits"), published.ONE_OF_EACH, ids=lambda value: getattr(value, "__name__", str(value))
 )
 
 

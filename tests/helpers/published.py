@@ -108,24 +108,14 @@ def polar_engine(name: str, matrix: Codes) -> Arrays:
     return chosen(name, matrix)
 
 
-# Layouts of any bits, every layout with bits that it can have, and bits as a recipe in use mixes them.
-ANY_BITS = [
-    int8,
-    int8_with_ct,
-    hlwq,
-    hlwq_with_short_meta,
-    double_underscore,
-    all_underscores,
-]
-EVERY_LAYOUT = [
-    *((layout, bits) for layout in ANY_BITS for bits in (3, 5)),
-    *((layout, bits) for layout in (int8, double_underscore) for bits in (2, 6, 8)),
-    (hlwq, 4),
-    (nibbles, 2),
-    (nibbles, 3),
-    (nibbles, 4),
-    (q5, 5),
-]
+# Layouts of any bits, one case for each layout, and more for the bits that they can have.
+ANY_BITS = [int8, int8_with_ct, hlwq, hlwq_with_short_meta, double_underscore, all_underscores]
+ONE_OF_EACH = [*((layout, 5) for layout in ANY_BITS), (nibbles, 4), (q5, 5)]
+MORE_BITS = [
+    (int8, 2), (int8, 8), (hlwq, 3), (hlwq, 4), (hlwq, 8), (double_underscore, 3), (double_underscore, 6),
+    (double_underscore, 8), (nibbles, 2), (nibbles, 3),
+]  # fmt: skip
+# Bits as a recipe in use mixes them.
 MIXED = {
     "*.experts.*.up_proj": 3,
     "*.experts.*.down_proj": 4,
