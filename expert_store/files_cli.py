@@ -65,6 +65,10 @@ def pack(
     than bfloat16). All other weights, the tokenizer and the chat template are
     copied. DST appears when it is complete and must not exist before.
 
+    The model may be larger than memory. After an interruption or on a disk
+    that was full, the same command goes on where it stopped; until then, what
+    is finished is kept in DST.partial.
+
     SRC may be packed or quantized already, in any layout that HLWQ checkpoints
     are published in: matrices that keep their bits keep their codes.
 

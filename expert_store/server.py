@@ -13,14 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from common.arena import ArenaShape, OwnedArena, reclaim_dead_segments
 from common.checkpoint.packed import PackedCheckpoint
@@ -34,6 +26,7 @@ from expert_store.control import ControlService
 from expert_store.frames import FrameTable
 from expert_store.leases import LeaseTable
 from expert_store.miss_loop import MissLoop
+from expert_store.progress_bar import progress_bar
 from expert_store.sizing import choose_frames
 from expert_store.staging import Stager
 
@@ -113,17 +106,13 @@ class Store:
                 log.warning("worker %s (pid %d) is gone; its lease has ended", lease.worker, lease.pid)
 
     async def _preload(self) -> None:
-        """Fill the arena, with a progress bar where there is a terminal."""
+        """Fill the arena."""
         done = self.stager.preload()
         total = self.arena.shape.frames * self.arena.shape.stride
-        columns = (TextColumn("loading experts"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(
-            *columns, TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal
-        ) as bar:
-            task = bar.add_task("", total=total)
+        with progress_bar(self._console, "loading experts") as progress:
             while not done.done():
                 await asyncio.wait([done], timeout=0.1)
-                bar.update(task, completed=min(total, self.stager.staged_bytes))
+                progress(min(total, self.stager.staged_bytes), total)
         seconds = time.monotonic() - self.started
         staged = format_bytes(self.stager.staged_bytes)
         log.info("%d experts ready, %s in %.1f s", self.frames.ready_count, staged, seconds)
