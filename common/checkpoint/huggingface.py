@@ -30,7 +30,7 @@ from common.checkpoint.polar_config import POLAR_CONFIG, PolarConfig
 from common.checkpoint.published import PublishedMatrix
 from common.checkpoint.published_form import part_of, tell_form
 from common.checkpoint.shards import Place, find_tensors
-from common.checkpoint.source import Matrix, Stored, carried_files
+from common.checkpoint.source import SYNTHETIC, Matrix, Stored, carried_files
 from common.checkpoint.tensor_file import WEIGHT_DTYPES
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
@@ -81,7 +81,9 @@ class HuggingFaceCheckpoint:
 
     @property
     def synthetic(self) -> bool:
-        return False
+        """As `unpack` notes it in the config of a synthetic checkpoint."""
+        config = json.loads((self.directory / "config.json").read_text())
+        return config.get(SYNTHETIC) is True
 
     @property
     def layouts(self) -> dict[str, int]:

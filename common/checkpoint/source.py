@@ -19,6 +19,9 @@ from common.record import ExpertBits
 
 Matrix = Tensor | PackedMatrix
 
+# The key that marks random weights in a config.json, where no manifest does.
+SYNTHETIC = "synthetic"
+
 # What travels with the weights: the shape of the model, its tokenizer and how to prompt it.
 _CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",

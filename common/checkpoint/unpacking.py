@@ -17,7 +17,7 @@ from common.checkpoint.file_state import check_unchanged, states_of
 from common.checkpoint.names import expert_names
 from common.checkpoint.partial import check_room, partial_directory
 from common.checkpoint.polar_config import POLAR_CONFIG
-from common.checkpoint.source import Matrix, Stored, WeightSource
+from common.checkpoint.source import SYNTHETIC, Matrix, Stored, WeightSource
 from common.checkpoint.unpack_layouts import BF16, LAYOUTS, matrix_key, polar_entry
 from common.checkpoint.unpack_shards import (
     LARGEST_SHARD,
@@ -69,6 +69,7 @@ def unpack(
         progress(done, total)
 
     with partial_directory(destination) as partial_copy:
+        count(0)
         _carry(source, partial_copy)
         if layout != BF16:
             write_json(partial_copy / POLAR_CONFIG, _polar_config(source, layout))
@@ -108,20 +109,22 @@ def _expert_keys(source: Unpackable) -> Iterator[ExpertKey]:
 
 
 def _carry(source: Unpackable, directory: Path) -> None:
-    """Config, tokenizer and chat template; of the config all but what it says of the source's own layout."""
+    """Config, tokenizer and chat template."""
     for path in source.carried_files():
         with (directory / path.name).open("xb") as file:
-            file.write(_plain_config(path) if path.name == CONFIG else path.read_bytes())
+            file.write(_config(path, source.synthetic) if path.name == CONFIG else path.read_bytes())
             file.flush()
             os.fsync(file.fileno())
 
 
-def _plain_config(path: Path) -> bytes:
+def _config(path: Path, synthetic: bool) -> bytes:
+    """The config as it is, but for what it says of the source's own layout, and a mark on random weights."""
     content = path.read_bytes()
-    config = json.loads(content)
-    if config.pop(QUANTIZATION, None) is None:
-        return content
-    return (json.dumps(config, indent=2) + "\n").encode()
+    before = json.loads(content)
+    config = {name: value for name, value in before.items() if name != QUANTIZATION}
+    if synthetic:
+        config[SYNTHETIC] = True
+    return content if config == before else (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _polar_config(source: Unpackable, layout: str) -> dict[str, object]:

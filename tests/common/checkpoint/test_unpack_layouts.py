@@ -3,6 +3,7 @@
 The decoder here was written from the description of the layouts alone: it shares no code with the writer.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,3 +207,16 @@ def test_refuses_impossible_codebooks(tmp_path: Path, layout: str, value: float)
     matrix.codebook[3] = value
     with pytest.raises(CheckpointError, match=f"^{NAME} has a codebook that is not"):
         written(tmp_path, layout, matrix)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_are_aligned_to_their_elements(tmp_path: Path, layout: str) -> None:
+    """As mapped files want it: 111 norms in float16 must not come before a codebook in float32."""
+    written(tmp_path, layout, random_matrix(5))
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:start])
+    assert entries.pop("__metadata__") == {"format": "pt"}
+    for entry in entries.values():
+        size = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}[entry["dtype"]]
+        assert (start + entry["data_offsets"][0]) % size == 0, entry

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
 from common.checkpoint import PackedCheckpoint, open_checkpoint
+from common.checkpoint.manifest import MANIFEST
 from common.checkpoint.names import dense_shapes, expert_names
 from common.checkpoint.packed import layer_file
 from common.checkpoint.packed_writer import pack
@@ -231,3 +232,16 @@ def test_the_config_loses_what_it_says_of_the_source_layout(
         config["quantization_config"] = {"quant_method": "polarengine"}
     unpack_model(model, destination, layout)
     assert json.loads((destination / "config.json").read_text()) == before
+
+
+def test_synthetic_weights_stay_marked(packed: Path, tmp_path: Path, destination: Path) -> None:
+    with edited_json(packed / MANIFEST) as manifest:
+        manifest["synthetic"] = True
+    unpack_model(packed, destination)
+    assert open_checkpoint(destination).synthetic
+    assert PackedCheckpoint.open(packed_with({}, destination, tmp_path / "again")).synthetic
+    AutoModelForCausalLM.from_pretrained(destination)
+
+
+def test_real_weights_are_not_marked(pristine_packed: Path, destination: Path) -> None:
+    assert not open_checkpoint(unpack_model(pristine_packed, destination)).synthetic

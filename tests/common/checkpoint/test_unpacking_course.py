@@ -157,5 +157,7 @@ def test_progress_counts_bytes(pristine_packed: Path, destination: Path) -> None
     reports: list[tuple[int, int]] = []
     unpack(open_checkpoint(pristine_packed), destination, "bf16", lambda *report: reports.append(report))
     total = sum(tensor.nbytes for tensor in load_file(destination / WEIGHTS).values())
-    assert reports[-1] == (total, total) and {report[1] for report in reports} == {total}
+    assert (reports[0], reports[-1]) == ((0, total), (total, total)) and {
+        report[1] for report in reports
+    } == {total}
     assert [done for done, _ in reports] == sorted({done for done, _ in reports})
