@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 _CHUNK = 1 << 22
+_FLUSHED_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,28 @@ class FileEntry:
 
 
 class ChecksummedFile:
-    """A new file, written front to back; `entry` describes it once the block has ended and it is on disk."""
+    """A new file, written front to back; `entry` describes it once the block has ended and it is on disk.
+
+    Hashing and the way to the disk run on threads of their own beside writing: of the three, the slowest
+    decides.
+    """
 
     entry: FileEntry
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
+        self._threads = ThreadPoolExecutor(2, "checksum")
+        self._flush: Future[None] | None = None
+        self._unflushed = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
+        hashed = self._threads.submit(self._hash.update, data)
+        try:
+            self._file.write(data)
+            self._flush_early(len(data))
+        finally:
+            hashed.result()
 
     def __enter__(self) -> ChecksummedFile:
         return self
@@ -42,12 +55,23 @@ class ChecksummedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
+        with self._file, self._threads:
             if error is not None:
                 return
+            if self._flush is not None:
+                self._flush.result()  # an error of the disk is told to one caller alone
             self._file.flush()
             os.fsync(self._file.fileno())
             self.entry = FileEntry(self._file.tell(), self._hash.hexdigest())
+
+    def _flush_early(self, size: int) -> None:
+        """Have the disk begin before the end: left alone, the system would keep it idle for gigabytes."""
+        self._unflushed += size
+        if self._unflushed < _FLUSHED_AT_ONCE or not (self._flush is None or self._flush.done()):
+            return
+        if self._flush is not None:
+            self._flush.result()
+        self._flush, self._unflushed = self._threads.submit(os.fsync, self._file.fileno()), 0
 
 
 def checksum(path: Path, count: Callable[[int], None]) -> str:
