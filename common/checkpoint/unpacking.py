@@ -41,7 +41,9 @@ class Unpackable(WeightSource, Protocol):
 
 
 Progress = Callable[[int, int], None]
-CONFIG, QUANTIZATION = "config.json", "quantization_config"
+CONFIG = "config.json"
+# Keys of a config that speak of what does not travel: the source's own layout, and Python files beside it.
+_LEFT_BEHIND = ("quantization_config", "auto_map")
 
 
 def unpack(
@@ -118,10 +120,10 @@ def _carry(source: Unpackable, directory: Path) -> None:
 
 
 def _config(path: Path, synthetic: bool) -> bytes:
-    """The config as it is, but for what it says of the source's own layout, and a mark on random weights."""
+    """The config as it is, but for what speaks of the source alone, and with a mark on random weights."""
     content = path.read_bytes()
     before = json.loads(content)
-    config = {name: value for name, value in before.items() if name != QUANTIZATION}
+    config = {name: value for name, value in before.items() if name not in _LEFT_BEHIND}
     if synthetic:
         config[SYNTHETIC] = True
     return content if config == before else (json.dumps(config, indent=2) + "\n").encode()

@@ -224,14 +224,17 @@ def test_carries_config_tokenizer_and_chat_template(model: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("layout", ["bf16", "polar_engine_v5"])
-def test_the_config_loses_what_it_says_of_the_source_layout(
+def test_the_config_loses_what_speaks_of_the_source_alone(
     model: Path, destination: Path, layout: str
 ) -> None:
+    """Its layout, and code that does not travel: whoever allows remote code must not look for it in vain."""
     before = json.loads((model / "config.json").read_text())
     with edited_json(model / "config.json") as config:
         config["quantization_config"] = {"quant_method": "polarengine"}
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM"}
     unpack_model(model, destination, layout)
     assert json.loads((destination / "config.json").read_text()) == before
+    AutoModelForCausalLM.from_pretrained(destination, trust_remote_code=True)
 
 
 def test_synthetic_weights_stay_marked(packed: Path, tmp_path: Path, destination: Path) -> None:
