@@ -15,7 +15,7 @@ from common.process import configure_process, run_command, run_service
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
 from common.units import format_bytes, parse_size
-from expert_store import files_cli
+from expert_store import files_cli, synth_cli, unpack_cli
 from expert_store.config import StoreConfig
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 files_cli.register(app)
+unpack_cli.register(app)
+synth_cli.register(app)
 
 _ADDRESS_HELP = "unix:PATH or HOST:PORT; default: a socket in your private runtime directory."
 StoreOption = Annotated[str | None, typer.Option("--store", help=_ADDRESS_HELP, metavar="ADDRESS")]

@@ -71,7 +71,7 @@ class ControlService(ExpertStoreServicer):
         frames, stager, counters = store.frames, store.stager, store.misses.counters
         shape = store.arena.shape
         return pb.StoreStats(
-            model=store.config.model,
+            model=store.config.model + (" (synthetic)" if store.checkpoint.synthetic else ""),
             checkpoint=str(store.checkpoint.directory),
             fingerprint=store.checkpoint.fingerprint,
             layers=shape.layers,

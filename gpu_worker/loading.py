@@ -72,7 +72,7 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     kernels = f", {native.path()} kernels" if device.type == "cpu" else ""
     log.info("on %s in %s%s; dense weights %s", device, dtype, kernels, format_bytes(weights.nbytes))
     return ServedModel(
-        name=checkpoint.manifest.source["name"],
+        name=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
         config=model,
         device=device,

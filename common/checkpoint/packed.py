@@ -86,6 +86,12 @@ class PackedCheckpoint:
         return self.fingerprint[:16]
 
     @property
+    def name(self) -> str:
+        """What was packed, for people, who are told when its weights are random."""
+        name = self.manifest.source["name"]
+        return name if not self.synthetic or "synthetic" in name else f"{name} (synthetic)"
+
+    @property
     def synthetic(self) -> bool:
         return self.manifest.synthetic
 

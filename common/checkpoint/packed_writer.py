@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -34,13 +34,19 @@ Progress = Callable[[int, int], None]
 
 
 def pack(
-    source: WeightSource, destination: Path, plan: BitPlan, progress: Progress, name: str | None = None
+    source: WeightSource,
+    destination: Path,
+    plan: BitPlan,
+    progress: Progress,
+    name: str | None = None,
+    details: Mapping[str, str] | None = None,
 ) -> PackedCheckpoint:
     """Pack `source` into `destination`, which must not exist; `progress` gets its bytes, done and in all.
 
-    `name` says in the manifest what was packed; the source directory's name by default. Raises ConfigError
-    (bits) or CheckpointError (weights that are not finite, a source that changes, the destination), and then
-    leaves nothing behind; Exhausted (the disk is full), and then keeps what is finished for the next run.
+    `name` says in the manifest what was packed, the source directory's name by default, and `details` what
+    else is worth knowing of it. Raises ConfigError (bits) or CheckpointError (weights that are not finite, a
+    source that changes, the destination), and then leaves nothing behind; Exhausted (the disk is full), and
+    then keeps what is finished for the next run.
     """
     layouts = record_layouts(source.config, plan.experts)
     identity, states = source.identity, states_of(source.files())
@@ -57,7 +63,8 @@ def pack(
         _write_layers(directory, source, layouts, head, done)
         check_unchanged(states)
         files = {name: directory.finished[name] for name in sizes}
-        manifest = _manifest(source, layouts, plan, files, name or source.directory.resolve().name)
+        described = {"name": name or source.directory.resolve().name, **(details or {})}
+        manifest = _manifest(source, layouts, plan, files, described)
         with ChecksummedFile(directory.path / MANIFEST) as file:
             file.write(manifest.to_json().encode())
     return PackedCheckpoint.open(destination)
@@ -122,7 +129,11 @@ def _key(identity: str, layouts: RecordLayouts, plan: BitPlan) -> str:
 
 
 def _manifest(
-    source: WeightSource, layouts: RecordLayouts, plan: BitPlan, files: dict[str, FileEntry], name: str
+    source: WeightSource,
+    layouts: RecordLayouts,
+    plan: BitPlan,
+    files: dict[str, FileEntry],
+    described: dict[str, str],
 ) -> Manifest:
     return Manifest(
         expert_bits=[list(bits) for bits in plan.experts],
@@ -132,7 +143,7 @@ def _manifest(
         layers=source.config.num_layers,
         experts=source.config.n_routed_experts,
         codebook=_codebook_origin(source, plan),
-        source={"name": name, "identity": source.identity},
+        source=described | {"identity": source.identity},
         files=files,
         synthetic=source.synthetic,
     )
