@@ -7,8 +7,9 @@ imported inside the commands: help should not wait for it.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -94,21 +95,53 @@ def pack(
 def inspect(
     directory: CheckpointDirectory,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Also how far its matrices are from the original's; reads both.")
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The original for --errors: a directory, a Hugging Face id, or 'demo'; default: what DIR was"
+            " packed from, if that lies beside it or is the demo.",
+            metavar="SRC",
+        ),
+    ] = None,
 ) -> None:
     """Show what a checkpoint is: architecture, parameters, bytes, bits, source.
 
     Works for packed and unpacked checkpoints. Reads headers only, so it is
-    quick at any size.
+    quick at any size; --errors reads every matrix.
 
-    Example: expert-store inspect ~/models/nemotron-q5
+    Example: expert-store inspect ~/models/nemotron-q5 --errors --against ~/models/nemotron
     """
     from expert_store.inspect import as_table, describe
 
+    if against is not None and not errors:
+        raise typer.BadParameter("--against goes with --errors")
     description = describe(directory)
+    report = _errors(directory, against) if errors else None
     if as_json:
-        typer.echo(json.dumps(description))
-    else:
-        Console().print(as_table(description))
+        typer.echo(json.dumps(description | ({"errors": report} if report else {})))
+        return
+    Console().print(as_table(description))
+    if report:
+        from expert_store.error_report import errors_table
+
+        # A pipe has no width, and names that are cut off are of no use to whoever reads it.
+        Console(width=None if sys.stdout.isatty() else 160).print(errors_table(report))
+
+
+def _errors(directory: Path, against: str | None) -> dict[str, Any]:
+    """The report of errors, with a progress bar."""
+    from common.checkpoint import open_checkpoint
+    from expert_store.error_report import find_source, measure
+    from expert_store.models import locate_model
+    from expert_store.progress_bar import progress_bar
+
+    checkpoint = open_checkpoint(directory)
+    original = open_checkpoint(locate_model(against).directory) if against else find_source(checkpoint)
+    with progress_bar(Console(stderr=True), f"comparing with {original.directory}") as progress:
+        return measure(checkpoint, original, progress)
 
 
 def verify(directory: CheckpointDirectory) -> None:

@@ -47,6 +47,14 @@ def as_table(description: dict[str, Any]) -> Table:
     return table
 
 
+def dense_kind(name: str) -> str:
+    """What a dense matrix is in its block: in_proj, shared_experts.up_proj, mlp.up_proj; lm_head."""
+    _, _, kind = name.removesuffix(".weight").rpartition(".mixer.")
+    if kind in ("up_proj", "down_proj"):
+        return f"mlp.{kind}"
+    return kind
+
+
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     experts = config.num_layers * config.n_routed_experts
     return {
@@ -94,7 +102,7 @@ def _unpacked(checkpoint: HuggingFaceCheckpoint) -> dict[str, Any]:
         "format_version": None,
         "source": None,
         "fingerprint": None,
-        "synthetic": False,
+        "synthetic": checkpoint.synthetic,
     }
 
 
@@ -117,18 +125,10 @@ def _bits(source: WeightSource) -> dict[str, object] | None:
     dense = {name: source.dense_stored[name].bits for name in packable_dense(source.config)}
     together = len(set(dense.values())) == 1
     for name, bits in dense.items():
-        kinds.setdefault("dense" if together else _dense_kind(name), []).append(bits)
+        kinds.setdefault("dense" if together else dense_kind(name), []).append(bits)
     if not any(any(bits) for bits in kinds.values()):
         return None
     return {kind: bits[0] if len(set(bits)) == 1 else bits for kind, bits in kinds.items()}
-
-
-def _dense_kind(name: str) -> str:
-    """What a dense matrix is in its block: in_proj, shared_experts.up_proj, mlp.up_proj; lm_head."""
-    _, _, kind = name.removesuffix(".weight").rpartition(".mixer.")
-    if kind in ("up_proj", "down_proj"):
-        return f"mlp.{kind}"
-    return kind
 
 
 def _plain(value: object) -> str:
