@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from common.checkpoint.dense_file import is_finite
 from common.checkpoint.huggingface import HuggingFaceCheckpoint
 from common.errors import CheckpointError
 
@@ -30,9 +30,3 @@ def damaged_weights(checkpoint: HuggingFaceCheckpoint, progress: Callable[[int, 
         done += size
         progress(done, total)
     return damaged
-
-
-def is_finite(weights: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    # The extremes are NaN if any value is; a mask of finite values would take as much memory again.
-    return bool(torch.isfinite(torch.stack(torch.aminmax(weights))).all())

@@ -69,7 +69,8 @@ class DenseFile:
             for rows in row_slices(matrix):
                 file.write(data(unpacked(rows_of(matrix, rows))))
         else:
-            _check_finite(matrix)
+            if not is_finite(matrix):
+                raise CheckpointError("weights are not finite")
             file.write(data(matrix))
         count(size)
 
@@ -84,7 +85,7 @@ def _packed_run(matrix: Matrix, layout: MatrixLayout, packed_size: int, size: in
     return run
 
 
-def _check_finite(weights: Tensor) -> None:
+def is_finite(weights: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     # The extremes are NaN if any value is; a mask of finite values would take as much memory again.
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(weights))).all()):
-        raise CheckpointError("weights are not finite")
+    return bool(torch.isfinite(torch.stack(torch.aminmax(weights))).all())
