@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.model_config import ModelConfig
+from gpu_worker.kernels.mamba2_step import Mamba2StepKernel
 from gpu_worker.model.norms import gated_group_norm
 from gpu_worker.model.ssd import ssd_chunk_scan, ssd_step
 from gpu_worker.model.states import PrefillStep, Step
@@ -48,29 +49,42 @@ class Mamba2:
 
     def __init__(self, weights: Mamba2Weights, config: ModelConfig, index: int) -> None:
         self.weights, self.config, self.index = weights, config, index
+        self._step = Mamba2StepKernel(weights, config)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x (rows, hidden) to (rows, hidden); the step's states advance."""
         conv, ssm = step.pools.conv[self.index], step.pools.ssm[self.index]
+        projected = self.weights.in_proj(x)
         if isinstance(step, PrefillStep):
-            conv, ssm = conv[step.sequence, None], ssm[step.sequence, None]
-            y, new_conv, new_ssm = self.mix(x[None], conv, ssm)
-            conv.copy_(new_conv)
-            ssm.copy_(new_ssm)
-            return y[0]
-        places = step.sequences
-        y, new_conv, new_ssm = self.mix(x[:, None], conv.index_select(0, places), ssm.index_select(0, places))
+            y = self._prefill(projected, conv[step.sequence, None], ssm[step.sequence, None])
+        elif self._step.usable(projected, conv, ssm):
+            y = self._step(projected, conv, ssm, step.sequences)
+        else:
+            y = self._decode(projected, conv, ssm, step.sequences)
+        return self.weights.out_proj(y)
+
+    def _prefill(self, projected: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
+        y, new_conv, new_ssm = self.mix(projected[None], conv, ssm)
+        conv.copy_(new_conv)
+        ssm.copy_(new_ssm)
+        return y[0]
+
+    def _decode(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Tensor) -> Tensor:
+        """The twin of Mamba2StepKernel."""
+        states = (pool.index_select(0, places) for pool in (conv, ssm))
+        y, new_conv, new_ssm = self.mix(projected[:, None], *states)
         conv.index_copy_(0, places, new_conv)
         ssm.index_copy_(0, places, new_ssm)
         return y[:, 0]
 
-    def mix(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b, t, hidden) after the given states: y (b, t, hidden), and both states after x."""
+    def mix(self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What lies between the projections: projected (b, t, gate + convolution inputs + dt) after the given
+        states to y (b, t, intermediate), and both states after it."""
         config, w = self.config, self.weights
         inner, heads, groups, state = (
             config.mamba_intermediate_size, config.mamba_num_heads, config.n_groups, config.ssm_state_size
         )  # fmt: skip
-        gate, xBC, dt = torch.split(w.in_proj(x), [inner, config.conv_dim, heads], dim=-1)
+        gate, xBC, dt = torch.split(projected, [inner, config.conv_dim, heads], dim=-1)
         xBC, conv_state = causal_conv(xBC, w.conv1d_weight, w.conv1d_bias, conv_state)
         x, B, C = torch.split(xBC, [inner, groups * state, groups * state], dim=-1)
         x = torch.unflatten(x, -1, (heads, config.mamba_head_dim))
@@ -78,7 +92,7 @@ class Mamba2:
         dt = time_step(dt, w.dt_bias, config.time_step_min)
         y, ssm_state = self._scan(x, dt, B, C, ssm_state)
         y = gated_group_norm(y.flatten(2), gate, w.norm, config.n_groups, config.layer_norm_epsilon)
-        return w.out_proj(y), conv_state, ssm_state
+        return y, conv_state, ssm_state
 
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         A, D = self.weights.A, self.weights.D

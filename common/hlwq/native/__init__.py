@@ -3,7 +3,7 @@
 Every function has a plain PyTorch twin beside the algorithm it computes (`planes`, `hadamard`, `quantize`,
 `matrix`), which decides by `usable` whether to come here. EXPERT_SERVING_KERNELS=plain forces the twins, so
 does an installation without a C++ compiler, which says so once; avx512, avx2 or portable force one path.
-The kernels take contiguous CPU tensors, spread their work over torch's number of threads, and keep nothing.
+The kernels take contiguous CPU tensors, spread their work over threads of their own, and keep nothing.
 """
 
 from __future__ import annotations
@@ -77,6 +77,13 @@ def path() -> str:
     return PLAIN if library is None else str(library.hlwq_path().decode())
 
 
+def set_threads(threads: int) -> None:
+    """How many threads the kernels use from now on; as many as PyTorch at their first use, if never told."""
+    library = _library()
+    if library is not None:
+        library.hlwq_set_threads(threads)
+
+
 @contextmanager
 def forced(kernels: str) -> Iterator[None]:
     """Compute on one of PATHS, or with the "plain" twins, in the whole process until the block ends.
@@ -122,7 +129,7 @@ def product(matrix: PackedMatrix, x: Tensor) -> Tensor:
     layout, base = layout_of(matrix)
     x = x.contiguous()
     y = torch.empty(x.shape[0], layout.out_features)
-    _call("hlwq_product", layout, base, x.data_ptr(), x.shape[0], y.data_ptr())
+    call("hlwq_product", layout, base, x.data_ptr(), x.shape[0], y.data_ptr())
     return y
 
 
@@ -130,14 +137,14 @@ def decode(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """W' (out, in) in float32 or bfloat16; not for raw matrices."""
     layout, base = layout_of(matrix)
     weights = torch.empty(matrix.shape, dtype=dtype)
-    _call("hlwq_decode", layout, base, _TYPES[dtype], weights.data_ptr())
+    call("hlwq_decode", layout, base, _TYPES[dtype], weights.data_ptr())
     return weights
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
     """H applied to each block of 128 of x float32, in new memory."""
     y = x.clone(memory_format=torch.contiguous_format)
-    _call("hlwq_hadamard", y.data_ptr(), y.numel() // 128)
+    call("hlwq_hadamard", y.data_ptr(), y.numel() // 128)
     return y
 
 
@@ -145,14 +152,14 @@ def pack_planes(codes: Tensor, widths: Sequence[int], bits: int) -> tuple[Tensor
     rows, columns = codes.shape
     codes = codes.contiguous()
     planes = tuple(torch.empty(rows, columns * width // 8, dtype=torch.uint8) for width in widths)
-    _call("hlwq_pack", codes.data_ptr(), rows, columns, bits, _pointers(planes))
+    call("hlwq_pack", codes.data_ptr(), rows, columns, bits, _pointers(planes))
     return planes
 
 
 def unpack_planes(planes: Sequence[Tensor], columns: int, bits: int) -> Tensor:
     planes = [plane.contiguous() for plane in planes]
     codes = torch.empty(planes[0].shape[0], columns, dtype=torch.uint8)
-    _call("hlwq_unpack", _pointers(planes), codes.shape[0], columns, bits, codes.data_ptr())
+    call("hlwq_unpack", _pointers(planes), codes.shape[0], columns, bits, codes.data_ptr())
     return codes
 
 
@@ -173,7 +180,7 @@ def quantize(
     grid = Grid(*(part.data_ptr() for part in parts), nearest.origin, 1 / nearest.cell, nearest.last, bits)
     tried = (c_float * len(shares))(*shares)
     matrix = (weight.data_ptr(), _TYPES[weight.dtype], rows, columns)
-    good = _call("hlwq_quantize", *matrix, grid, tried, len(shares), codes.data_ptr(), norms.data_ptr())
+    good = call("hlwq_quantize", *matrix, grid, tried, len(shares), codes.data_ptr(), norms.data_ptr())
     return (codes, norms) if good else None
 
 
@@ -194,7 +201,7 @@ def experts(
     x = x.contiguous()
     assert products.is_contiguous() and pairs.dtype == starts.dtype == np.int64
     addresses = (c_void_p * len(records))(*records)
-    _call(
+    call(
         "hlwq_experts", up, down, addresses, len(records), starts.ctypes.data, pairs.ctypes.data, k,
         x.data_ptr(), products.data_ptr(),
     )  # fmt: skip
@@ -205,14 +212,21 @@ def combine(products: Tensor, weights: Tensor) -> Tensor:
     (rows, k), hidden = weights.shape, products.shape[1]
     products, weights = products.contiguous(), weights.contiguous()
     sums = torch.empty(rows, hidden)
-    _call("hlwq_combine", products.data_ptr(), weights.data_ptr(), rows, k, hidden, sums.data_ptr())
+    call("hlwq_combine", products.data_ptr(), weights.data_ptr(), rows, k, hidden, sums.data_ptr())
     return sums
 
 
-def _call(name: str, *arguments: Any) -> Any:
+def declare(name: str, arguments: list[Any]) -> None:
+    """Give the signature of a function without a result that another room adds to the library."""
+    _SIGNATURES[name] = (None, arguments)
+    if _loaded.cache_info().currsize and (library := _loaded()) is not None:
+        getattr(library, name).restype, getattr(library, name).argtypes = _SIGNATURES[name]
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call a function of the library, which must be usable."""
     library = _library()
     assert library is not None
-    library.hlwq_set_threads(torch.get_num_threads())
     return getattr(library, name)(*arguments)
 
 
@@ -278,6 +292,7 @@ def _loaded() -> ctypes.CDLL | None:
         function.restype, function.argtypes = result, arguments
     if wanted:
         _choose_path(library, wanted)
+    library.hlwq_set_threads(torch.get_num_threads())
     return library
 
 

@@ -12,59 +12,68 @@ namespace hlwq {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(30);
+constexpr int kFieldBits = 24;
+constexpr uint64_t kField = (uint64_t(1) << kFieldBits) - 1;
 
+// One loop at a time is open to all. Its pieces are claimed from `ticket`, which holds the loop's number, its
+// count of pieces and the next piece in one word, so that a thread that comes late, when another loop is open,
+// can only claim a whole piece of that one, or none. A loop ends when its pieces are done: nobody waits for a
+// thread that has none.
 struct Pool {
-    std::mutex turn;  // one loop at a time
-    std::mutex mutex;  // guards `round`, `stopping` for those who sleep
-    std::condition_variable wake, done;
+    std::mutex turn;   // held while a loop is open, or while threads come and go
+    std::mutex mutex;  // of those who sleep
+    std::condition_variable opened, finished;
     std::vector<std::thread> workers;
-    std::atomic<uint64_t> round{0};
-    std::atomic<int64_t> next{0};
-    std::atomic<int> running{0};
-    std::atomic<bool> stopping{false};
     std::atomic<int> threads{1};  // those that take part, the caller included
-    const std::function<void(int64_t)>* body = nullptr;
-    int64_t count = 0;
-    pid_t owner = getpid();
+    std::atomic<bool> stopping{false};
+    std::atomic<uint64_t> ticket{0};  // loop number | count | next
+    std::atomic<int64_t> done{0};
+    const std::function<void(int64_t)>* body = nullptr;  // valid as long as a piece is claimed and not done
+    const pid_t owner = getpid();
 
+    static int64_t next(uint64_t ticket) { return ticket & kField; }
+    static int64_t count(uint64_t ticket) { return ticket >> kFieldBits & kField; }
+    static uint64_t number(uint64_t ticket) { return ticket >> 2 * kFieldBits; }
+    static bool open(uint64_t ticket) { return next(ticket) < count(ticket); }
+
+    // Claims pieces until none is left.
     void take() {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*body)(i);
+        for (uint64_t claim; open(claim = ticket.fetch_add(1, std::memory_order_acq_rel));) {
+            (*body)(next(claim));
+            if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == count(claim)) {
+                std::lock_guard lock(mutex);
+                finished.notify_one();
+            }
+        }
     }
 
-    void serve(uint64_t seen) {
-        for (;;) {
+    void serve() {
+        while (!stopping) {
             const auto until = std::chrono::steady_clock::now() + kSpin;
-            while (round.load(std::memory_order_acquire) == seen && !stopping) {
+            while (!open(ticket.load(std::memory_order_acquire)) && !stopping) {
                 if (std::chrono::steady_clock::now() < until) continue;
                 std::unique_lock lock(mutex);
-                wake.wait(lock, [&] { return round.load() != seen || stopping; });
+                opened.wait(lock, [&] { return open(ticket.load()) || stopping; });
             }
-            if (stopping) return;
-            seen = round.load(std::memory_order_acquire);
-            take();
-            if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-                std::lock_guard lock(mutex);
-                done.notify_one();
-            }
+            if (!stopping) take();
         }
     }
 
     void run(int64_t pieces, const std::function<void(int64_t)>& piece) {
         body = &piece;
-        count = pieces;
-        next.store(0, std::memory_order_relaxed);
-        running.store(int(workers.size()), std::memory_order_relaxed);
+        done.store(0, std::memory_order_relaxed);
+        const uint64_t loop = number(ticket.load()) + 1;
         {
             std::lock_guard lock(mutex);
-            round.fetch_add(1, std::memory_order_release);
+            ticket.store(loop << 2 * kFieldBits | uint64_t(pieces) << kFieldBits, std::memory_order_release);
         }
-        wake.notify_all();
+        opened.notify_all();
         take();
         const auto until = std::chrono::steady_clock::now() + kSpin;
-        while (running.load(std::memory_order_acquire) != 0) {
+        while (done.load(std::memory_order_acquire) != pieces) {
             if (std::chrono::steady_clock::now() < until) continue;
             std::unique_lock lock(mutex);
-            done.wait(lock, [&] { return running.load() == 0; });
+            finished.wait(lock, [&] { return done.load() == pieces; });
         }
     }
 
@@ -73,12 +82,12 @@ struct Pool {
             std::lock_guard lock(mutex);
             stopping = true;
         }
-        wake.notify_all();
+        opened.notify_all();
         for (auto& worker : workers) worker.join();
         workers.clear();
         stopping = false;
         threads = wanted;
-        for (int i = 1; i < wanted; i++) workers.emplace_back(&Pool::serve, this, round.load());
+        for (int i = 1; i < wanted; i++) workers.emplace_back(&Pool::serve, this);
     }
 };
 
@@ -96,7 +105,7 @@ Pool& pool() {
 
 void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
     Pool& shared = pool();
-    if (count <= 1 || shared.threads == 1) {
+    if (count <= 1 || shared.threads == 1 || uint64_t(count) > kField) {
         for (int64_t i = 0; i < count; i++) body(i);
         return;
     }

@@ -1,8 +1,8 @@
 // A pool of threads that share a counted loop. Owns the threads; knows nothing of what they compute.
 //
-// Pieces are handed out by one atomic counter, so that a core that is busy elsewhere takes fewer of them. Workers
-// spin for a short while before they sleep: the loops of one token follow each other within microseconds, and
-// waking a sleeping thread takes longer than many of them.
+// Pieces are handed out by one atomic counter, so that a core that is busy elsewhere takes fewer of them, or none.
+// Threads spin for a short while before they sleep: the loops of one token follow each other within microseconds,
+// and waking a sleeping thread takes longer than many of them.
 #pragma once
 #include <cstdint>
 #include <functional>

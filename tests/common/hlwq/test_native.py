@@ -6,7 +6,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_planes(path: str, rows: int, blocks: int, bits: int, data: st.DataObjec
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
 def test_quantize(path: str, bits: int, dtype: torch.dtype) -> None:
-    """Sums are taken in another order, so a value may change sides at a midpoint, and where norms are fitted a
+    """Sums are taken in another order, so a value may change sides at a midpoint, and with fitted norms a
     block may take another of two shares that fit equally well: rarely, and to no one's harm."""
     weight = (torch.randn(40, 300, generator=torch.Generator().manual_seed(bits)) * 0.02).to(dtype)
     weight[3] = 0
@@ -173,32 +174,44 @@ def test_experts(path: str, bits: int, tokens: int) -> None:
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_change_nothing(threads: int) -> None:
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the kernels' threads; one again afterwards, as the tests run."""
+    yield native.set_threads
+    native.set_threads(1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_threads_change_nothing(threads: Callable[[int], None], count: int) -> None:
     matrix, x = random_matrix(200, 300, 5, True), torch.randn(3, 300)
     expected = matrix.product(x)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for _ in range(50):
-            assert torch.equal(matrix.product(x), expected)
-    finally:
-        torch.set_num_threads(before)
+    threads(count)
+    for _ in range(50):
+        assert torch.equal(matrix.product(x), expected)
 
 
-def test_a_fork_can_compute() -> None:
+def test_callers_take_turns(threads: Callable[[int], None]) -> None:
+    """Several Python threads at once, while the pool is resized under them."""
+    matrix, x = random_matrix(200, 300, 5, True), torch.randn(3, 300)
+    expected = matrix.product(x)
+
+    def work(seed: int) -> bool:
+        threads(1 + seed % 3)
+        return torch.equal(matrix.product(x), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(200)))
+
+
+def test_a_fork_can_compute(threads: Callable[[int], None]) -> None:
     """The pool's threads stay behind in the parent: the child must not wait for them."""
     matrix, x = random_matrix(200, 300, 5, True), torch.randn(1, 300)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        expected = matrix.product(x)
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if torch.equal(matrix.product(x), expected) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        torch.set_num_threads(before)
+    threads(2)
+    expected = matrix.product(x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(matrix.product(x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize(
