@@ -67,7 +67,7 @@ def test_every_layer_of_a_checkpoint_meets_it(tmp_path: Path) -> None:
         gate, bias = (gate_tensor(checkpoint, block, name) for name in ("gate.weight", CORRECTION_BIAS))
         found, order = frequencies(gate, bias, checkpoint.config).sort(descending=True)
         assert mismatch(found, target) <= TOLERANCE
-        orders.append(order.tolist())
+        orders.append(order[:3].tolist())
     assert orders[0] != orders[1], "the same experts are popular in every layer"
 
 

@@ -19,6 +19,18 @@ def test_the_pattern_has_the_published_counts() -> None:
     assert {letter: pattern.count(letter) for letter in pattern} == {"M": 23, "E": 23, "*": 6}
 
 
+def test_the_widths_are_the_published_ones() -> None:
+    config = ModelConfig.from_dict(config_json(NEMOTRON_30B))
+    assert (config.hidden_size, config.vocab_size, config.max_position_embeddings) == (2688, 131072, 262144)
+    experts = (config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size)
+    assert experts == (128, 6, 1856)
+    assert config.moe_shared_expert_intermediate_size == 3712
+    assert (config.routed_scaling_factor, config.norm_topk_prob, config.n_group) == (2.5, True, 1)
+    assert (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size) == (64, 64, 128)
+    assert (config.n_groups, config.conv_kernel, config.chunk_size) == (8, 4, 128)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 2, 128)
+
+
 def test_transformers_builds_the_same_model() -> None:
     """Names and shapes of all 31.6 billion parameters, on a device without memory."""
     raw = config_json(NEMOTRON_30B)
