@@ -69,8 +69,7 @@ def converged_codebook(bits: int) -> Tensor:
     ) * math.sqrt(3)
     centroids = start
     for _ in range(60):
-        residual = _half_residual(centroids)
-        jacobian = torch.func.jacrev(_half_residual)(centroids)
+        residual, jacobian = _half_residual(centroids)
         step = torch.linalg.solve(jacobian, residual)
         centroids = centroids - step
         if float(step.abs().max()) < 1e-13:
@@ -91,13 +90,22 @@ def packing_codebook(bits: int) -> Tensor:
     return codebook
 
 
-def _half_residual(centroids: Tensor) -> Tensor:
-    """centroid - conditional mean of its cell, over the positive half line (float64)."""
+def _half_residual(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """centroid - conditional mean of its cell, over the positive half line, and the Jacobian (float64).
+
+    A cell's mean moves with its boundaries by density times distance over mass, and a boundary moves by half
+    of what each of its two centroids does; the one at 0 does not move.
+    """
+    zero = centroids.new_zeros(1)
     inner = (centroids[:-1] + centroids[1:]) / 2
-    low = torch.cat([torch.zeros(1, dtype=centroids.dtype), inner])
+    low = torch.cat([zero, inner])
     phi_low = torch.exp(-low * low / 2) / math.sqrt(2 * math.pi)
-    phi_high = torch.cat([phi_low[1:], torch.zeros(1, dtype=centroids.dtype)])
+    phi_high = torch.cat([phi_low[1:], zero])
     tail_low = torch.special.erfc(low / math.sqrt(2)) / 2
-    tail_high = torch.cat([tail_low[1:], torch.zeros(1, dtype=centroids.dtype)])
-    means: Tensor = (phi_low - phi_high) / (tail_low - tail_high)
-    return centroids - means
+    tail_high = torch.cat([tail_low[1:], zero])
+    mass = tail_low - tail_high
+    means = (phi_low - phi_high) / mass
+    by_low = torch.cat([zero, phi_low[1:] * (means[1:] - inner) / mass[1:] / 2])
+    by_high = torch.cat([phi_high[:-1] * (inner - means[:-1]) / mass[:-1] / 2, zero])
+    jacobian = torch.diag(1 - by_low - by_high)
+    return centroids - means, jacobian - torch.diag(by_low[1:], -1) - torch.diag(by_high[:-1], 1)
