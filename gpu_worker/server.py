@@ -12,7 +12,10 @@ import logging
 import time
 from functools import partial
 
+import torch
+
 from common.grpc_server import RpcServer
+from common.hlwq import native
 from common.process import EXIT_INVARIANT, watch
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import add_GpuWorkerServicer_to_server
@@ -68,6 +71,8 @@ class Worker:
         self._tasks.append(watch(asyncio.create_task(self.link.keep()), self.fail))
         # In a thread, so that heartbeats go on.
         self._model = await asyncio.to_thread(load_model, self.config, attachment, self.link)
+        if self._model.device.type == "cpu":
+            _share_cores()
         loop = asyncio.get_running_loop()
         self._scheduler = Scheduler(
             self._model.engine, on_fatal=lambda error: loop.call_soon_threadsafe(partial(self.fail, error))
@@ -99,3 +104,11 @@ class Worker:
         """An invariant broke: end, and say so by the exit status."""
         self._exit_status = EXIT_INVARIANT
         self.stop()
+
+
+def _share_cores() -> None:
+    """Give the cores to the native kernels. What PyTorch has left to do is small, and its threads would spin on
+    the cores between two such things."""
+    if native.path() != native.PLAIN:
+        native.set_threads(torch.get_num_threads())
+        torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.model_config import ModelConfig
-from gpu_worker.kernels.mamba2_step import Mamba2StepKernel
+from gpu_worker.kernels.mamba2_scan import Mamba2Kernel
 from gpu_worker.model.norms import gated_group_norm
 from gpu_worker.model.ssd import ssd_chunk_scan, ssd_step
 from gpu_worker.model.states import PrefillStep, Step
@@ -49,33 +49,26 @@ class Mamba2:
 
     def __init__(self, weights: Mamba2Weights, config: ModelConfig, index: int) -> None:
         self.weights, self.config, self.index = weights, config, index
-        self._step = Mamba2StepKernel(weights, config)
+        self._kernel = Mamba2Kernel(weights, config)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x (rows, hidden) to (rows, hidden); the step's states advance."""
         conv, ssm = step.pools.conv[self.index], step.pools.ssm[self.index]
         projected = self.weights.in_proj(x)
         if isinstance(step, PrefillStep):
-            y = self._prefill(projected, conv[step.sequence, None], ssm[step.sequence, None])
-        elif self._step.usable(projected, conv, ssm):
-            y = self._step(projected, conv, ssm, step.sequences)
+            rows, places = projected[None], torch.tensor([step.sequence], device=x.device)
         else:
-            y = self._decode(projected, conv, ssm, step.sequences)
-        return self.weights.out_proj(y)
+            rows, places = projected[:, None], step.sequences
+        scan = self._kernel if self._kernel.usable(rows, conv, ssm) else self.scan
+        return self.weights.out_proj(scan(rows, conv, ssm, places).flatten(0, 1))
 
-    def _prefill(self, projected: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
-        y, new_conv, new_ssm = self.mix(projected[None], conv, ssm)
-        conv.copy_(new_conv)
-        ssm.copy_(new_ssm)
-        return y[0]
-
-    def _decode(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Tensor) -> Tensor:
-        """The twin of Mamba2StepKernel."""
+    def scan(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Tensor) -> Tensor:
+        """The twin of Mamba2Kernel."""
         states = (pool.index_select(0, places) for pool in (conv, ssm))
-        y, new_conv, new_ssm = self.mix(projected[:, None], *states)
+        y, new_conv, new_ssm = self.mix(projected, *states)
         conv.index_copy_(0, places, new_conv)
         ssm.index_copy_(0, places, new_ssm)
-        return y[:, 0]
+        return y
 
     def mix(self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What lies between the projections: projected (b, t, gate + convolution inputs + dt) after the given

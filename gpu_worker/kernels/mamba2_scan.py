@@ -1,6 +1,6 @@
-"""One decode step of Mamba-2's mixer between its projections, by a native kernel: see `mamba2_step.cpp`.
+"""Mamba-2's mixer between its projections, by a native kernel: see `mamba2_scan.cpp`.
 
-Works on float32 states on the CPU; `usable` says whether it may. The twin is `Mamba2.mix` for one token.
+Works on float32 states on the CPU; `usable` says whether it may. The twin is `Mamba2.mix`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class _Shape(ctypes.Structure):
     )
 
 
-native.declare("mamba2_step", [POINTER(_Shape), c_int64, *[c_void_p] * 5])
+native.declare("mamba2_scan", [POINTER(_Shape), c_int64, c_int64, *[c_void_p] * 5])
 
 
-class Mamba2StepKernel:
-    """The step of one block; keeps the weights it points to."""
+class Mamba2Kernel:
+    """The scan of one block; keeps the weights it points to."""
 
     def __init__(self, weights: Mamba2Weights, config: ModelConfig) -> None:
         named = (
@@ -58,15 +58,16 @@ class Mamba2StepKernel:
         return native.usable(*tensors) and all(tensor.dtype == torch.float32 for tensor in tensors)
 
     def __call__(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Tensor) -> Tensor:
-        """projected (b, inner + channels + heads) to y (b, inner), before the output projection.
+        """projected (b, t, gate + convolution inputs + dt) to y (b, t, inner), before the output projection.
 
         conv (sequences, channels, kernel - 1) and ssm (sequences, heads, head_dim, state) advance at places.
         """
         projected, places = projected.contiguous(), places.contiguous()
         assert conv.is_contiguous() and ssm.is_contiguous()
-        y = torch.empty(projected.shape[0], self._inner)
+        b, t, _ = projected.shape
+        y = torch.empty(b, t, self._inner)
         native.call(
-            "mamba2_step", self._shape, projected.shape[0], places.data_ptr(), projected.data_ptr(),
+            "mamba2_scan", self._shape, b, t, places.data_ptr(), projected.data_ptr(),
             conv.data_ptr(), ssm.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y
