@@ -95,7 +95,7 @@ def test_check_values(tmp_path: Path, layout: Layout, bits: int) -> None:
     # Two rows are too few to tell the bits from: codes without a codebook need them stated.
     matrix = PublishedMatrix(tell_form(parts, (2, 160), Claims(bits, None)))
     assert_same(matrix.read(), written)
-    assert relative_error(matrix.read().decode(), written.decode()) < 1e-6
+    assert relative_error(matrix.read().decode(), written.decode()) < 1e-5
     assert torch.equal(matrix.decode(), matrix.read().decode(torch.bfloat16))
     if bits == 5:
         codes = matrix.read().codes()
@@ -209,7 +209,7 @@ def test_experts_of_fewer_bits_come_out_as_wide_as_their_layer(pristine: Path, t
         assert found.codebook.numel() == 1 << found.bits and bool(torch.isfinite(found.codebook).all())
         assert np.array_equal(found.codebook[:4].numpy(), written.codebook)
         assert bool((found.codebook.diff() > 0).all())
-        assert relative_error(found.decode(), written.decode()) < 1e-6
+        assert relative_error(found.decode(), written.decode()) < 1e-5
 
 
 def test_experts_with_one_projection_quantized(pristine: Path, tmp_path: Path) -> None:
@@ -242,19 +242,21 @@ def test_format_strings_are_not_trusted(pristine: Path, tmp_path: Path) -> None:
 
 def test_bits_that_only_polar_config_tells(pristine: Path, tmp_path: Path) -> None:
     """Codes of five bits that happen to be small: the largest one would be misleading."""
-    model = published_model(pristine, 5, ("lm_head",))
-    small = dataclasses.replace(model.matrices["lm_head"], codes=model.matrices["lm_head"].codes % 16)
-    model = dataclasses.replace(model, matrices={"lm_head": small})
+    model = published_model(pristine, 5, (IN_PROJ,))
+    small = dataclasses.replace(model.matrices[IN_PROJ], codes=model.matrices[IN_PROJ].codes % 16)
+    model = dataclasses.replace(model, matrices={IN_PROJ: small})
     model.write(tmp_path / "model", published.double_underscore)
-    assert_reads(tmp_path / "model", model)
-    with edited_json(tmp_path / "model" / "polar_config.json") as config:
-        layers = config.pop("layers")
-        config["bits"] = 5
-    assert_reads(tmp_path / "model", model)
-    with edited_json(tmp_path / "model" / "polar_config.json") as config:
-        config["layers"] = {"model__lm_head.weight".removeprefix("model__"): layers["lm_head"]}
-        del config["bits"]
-    assert_reads(tmp_path / "model", model)
+    entry = model.polar_config()["layers"][IN_PROJ]
+    underscored = IN_PROJ.replace("backbone.", "model.").replace(".", "__")
+    for content in (
+        {"layers": {IN_PROJ: entry}},
+        {"layers": {f"{IN_PROJ}.weight": entry}},
+        {"layers": {underscored: entry}},
+        {"bits": 5},
+        {"bits": 3, "layers": {IN_PROJ: {"bits": 5}}},
+    ):
+        (tmp_path / "model" / "polar_config.json").write_text(json.dumps(content))
+        assert_reads(tmp_path / "model", model)
 
 
 def test_headers_tell_bits_without_reading(five: PublishedModel, tmp_path: Path) -> None:
