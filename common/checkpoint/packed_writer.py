@@ -124,7 +124,7 @@ def _copy(path: Path, file: ChecksummedFile) -> None:
 def _key(identity: str, layouts: RecordLayouts, plan: BitPlan) -> str:
     """Whatever decides the bytes of the files: runs of one key can share them."""
     versions = [VERSION, importlib.metadata.version("expert-serving")]
-    decisive = [*versions, identity, layouts.digest, plan.experts, sorted(plan.dense.items())]
+    decisive = [*versions, identity, layouts.digest, sorted(plan.dense.items())]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

@@ -72,17 +72,17 @@ def packed_records(
     experts = source.config.num_layers * source.config.n_routed_experts
     # One expert read and one record made in each thread, and two finished records waiting for each.
     each = source.routed_bytes // experts + 3 * layouts.stride + _MEMORY_OF_ROWS
-    return in_order((partial(_record, source, layouts, key) for key in keys), max(1, _MEMORY // each))
+    return in_order((partial(_record, source, layouts, key) for key in keys), each)
 
 
-def in_order(jobs: Iterable[Callable[[], T]], most: int | None = None) -> Generator[T, None, None]:
+def in_order(jobs: Iterable[Callable[[], T]], each: int = _MEMORY_OF_ROWS) -> Generator[T, None, None]:
     """What `jobs` return, in their order, several done at a time; only a few results exist at any time.
 
-    As many threads as torch has, at most `most`; each has one job and two results waiting. Until the
-    generator is exhausted or closed, torch runs with one thread in this process.
+    As many threads as torch has, or fewer where memory would not do: `each` bytes for one that has a job and
+    two results waiting. Until the generator is exhausted or closed, torch runs with one thread in this process.
     """
     before = torch.get_num_threads()
-    threads = before if most is None else min(before, most)
+    threads = max(1, min(before, _MEMORY // each))
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads, "packing")
     pending: deque[Future[T]] = deque()

@@ -62,12 +62,9 @@ class PublishedMatrix:
     def decode(self) -> Tensor:
         """The matrix in bfloat16, computed some rows at a time."""
         matrix = self.read()
-        assert matrix.norms is not None
         weights = torch.empty(self.form.shape, dtype=torch.bfloat16)
         for rows in self._row_slices():
-            planes = tuple(plane[rows] for plane in matrix.planes)
-            part = PackedMatrix(matrix.bits, matrix.in_features, planes, matrix.norms[rows], matrix.codebook)
-            weights[rows] = part.decode(torch.bfloat16)
+            weights[rows] = matrix.rows(rows).decode(torch.bfloat16)
         return weights
 
     def _planes(self, bits: int) -> tuple[Tensor, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -176,9 +175,7 @@ def _some_rows_at_a_time(matrix: Matrix) -> Iterator[PackedMatrix]:
     assert isinstance(matrix, PackedMatrix)
     at_once = max(1, _CODES_AT_ONCE // matrix.in_features)
     for start in range(0, matrix.shape[0], at_once):
-        rows = slice(start, start + at_once)
-        norms = None if matrix.norms is None else matrix.norms[rows]
-        yield replace(matrix, planes=tuple(plane[rows] for plane in matrix.planes), norms=norms)
+        yield matrix.rows(slice(start, start + at_once))
 
 
 def _five_bits(codes: Tensor, most_significant_first: bool) -> Tensor:

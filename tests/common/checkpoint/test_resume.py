@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint import HuggingFaceCheckpoint, PackedCheckpoint, checksum, open_checkpoint
+from common.checkpoint import PackedCheckpoint, checksum, open_checkpoint
 from common.checkpoint.packed import DENSE, layer_file
 from common.checkpoint.packed_writer import pack
 from common.checkpoint.partial import partial_directory
@@ -349,13 +349,18 @@ def test_a_failing_disk_keeps_what_is_finished(
     assert_packed(destination, pristine_packed)
 
 
-def test_an_existing_destination_is_refused_and_left_alone(pristine: Path, destination: Path) -> None:
+def test_an_existing_destination_is_refused_and_left_alone(
+    pristine: Path, destination: Path, partial: Path, journal: Path
+) -> None:
+    """And so is what an interrupted run left beside it."""
+    interrupted(pristine, destination)
     destination.mkdir()
     (destination / "precious").touch()
-    with pytest.raises(CheckpointError, match="exists already"):
-        pack_model(pristine, destination)
+    for existing in (destination, Path(), Path("/"), Path("..")):
+        with pytest.raises(CheckpointError, match="exists already"):
+            pack_model(pristine, existing)
     assert [path.name for path in destination.iterdir()] == ["precious"]
-    assert list(destination.parent.iterdir()) == [destination]
+    assert set(destination.parent.iterdir()) == {destination, partial, journal}
 
 
 def test_the_journal_says_what_is_finished(pristine: Path, destination: Path, journal: Path) -> None:
@@ -393,9 +398,3 @@ def test_what_is_not_resumable_starts_from_nothing(pristine: Path, destination: 
     with partial_directory(destination) as directory:
         assert list(directory.iterdir()) == []
     assert list(destination.parent.iterdir()) == [destination]
-
-
-def test_a_source_without_a_parent_directory_is_refused(pristine: Path, tmp_path: Path) -> None:
-    source = HuggingFaceCheckpoint.open(pristine)
-    with pytest.raises(CheckpointError, match="not a directory"):
-        pack(source, tmp_path / "absent" / "packed", make_plan(source), lambda *_: None)
