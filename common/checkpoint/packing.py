@@ -78,8 +78,8 @@ def packed_records(
 def in_order(jobs: Iterable[Callable[[], T]], each: int = _MEMORY_OF_ROWS) -> Generator[T, None, None]:
     """What `jobs` return, in their order, several done at a time; only a few results exist at any time.
 
-    As many threads as torch has, or fewer where memory would not do: `each` bytes for one that has a job and
-    two results waiting. Until the generator is exhausted or closed, torch runs with one thread in this process.
+    As many threads as torch has, or fewer where memory would not do: `each` bytes for one with its job and
+    two waiting results. Until the generator is exhausted or closed, torch runs with one thread here.
     """
     before = torch.get_num_threads()
     threads = max(1, min(before, _MEMORY // each))
