@@ -64,8 +64,7 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     model = checkpoint.config
-    dense = {name: checkpoint.mapped_dense_matrix(name) for name in checkpoint.dense_stored}
-    weights = build_weights(dense, model, dtype, device)
+    weights = build_weights(_dense(checkpoint, config.dense_bits), model, dtype, device)
     pools = StatePools(model, SEQUENCES, model.max_position_embeddings, dtype, device)
     fetcher = Fetcher(link)
     experts = _routed_experts(config, checkpoint, weights, pools, fetcher)
@@ -85,14 +84,17 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
 
 
 def _dense(checkpoint: PackedCheckpoint, bits: int | None) -> dict[str, Matrix]:
-    """The dense weights as they are stored, or their matrices at `bits` (16: not packed)."""
-    packable = set(packable_dense(checkpoint.config)) if bits is not None else set()
+    """The dense weights as they are stored, mapped; or matrices made anew at `bits` (16: not packed)."""
+    changing = set(packable_dense(checkpoint.config)) if bits is not None else set()
     dense = {}
-    for name in checkpoint.dense_stored:
-        matrix = checkpoint.dense_matrix(name)
-        if name in packable and bits is not None:
-            matrix = packed(matrix, bits) if bits != RAW_BITS else unpacked(matrix)
-        dense[name] = matrix
+    for name, stored in checkpoint.dense_stored.items():
+        if name not in changing or bits == (stored.bits or RAW_BITS):
+            dense[name] = checkpoint.mapped_dense_matrix(name)
+        elif bits == RAW_BITS:
+            dense[name] = unpacked(checkpoint.dense_matrix(name))
+        else:
+            assert bits is not None
+            dense[name] = packed(checkpoint.dense_matrix(name), bits)
     return dense
 
 

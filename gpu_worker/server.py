@@ -107,8 +107,8 @@ class Worker:
 
 
 def _share_cores() -> None:
-    """Give the cores to the native kernels. What PyTorch has left to do is small, and its threads would spin on
-    the cores between two such things."""
+    """Give the cores to the native kernels. What PyTorch has left to do is small, and its threads would spin
+    on the cores between two such things."""
     if native.path() != native.PLAIN:
         native.set_threads(torch.get_num_threads())
         torch.set_num_threads(1)

@@ -7,15 +7,21 @@ import json
 import platform
 import sys
 
-import quantizer
+import five_blocks
+import kernels
 import records
 import round_trip
 import torch
-from measure import Comparison
+from measure import Comparison, Figure
 from rich.console import Console
 from rich.table import Table
 
-GROUPS = {"records": records.benchmark, "quantizer": quantizer.benchmark, "round-trip": round_trip.benchmark}
+GROUPS = {
+    "records": records.benchmark,
+    "kernels": kernels.benchmark,
+    "round-trip": round_trip.benchmark,
+    "five-blocks": five_blocks.benchmark,
+}
 
 
 def main() -> None:
@@ -26,7 +32,11 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
     results = [result for group in chosen for result in GROUPS[group]()]
-    Console(width=None if sys.stdout.isatty() else 160).print(_table(results))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    comparisons = [result for result in results if isinstance(result, Comparison)]
+    figures = [result for result in results if isinstance(result, Figure)]
+    for table in [_table(comparisons)] * bool(comparisons) + [_figures(figures)] * bool(figures):
+        console.print(table)
     machine = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -45,6 +55,13 @@ def _table(results: list[Comparison]) -> Table:
             f"{r.ratio:.2f}", f"{r.lowest:.2f} to {r.highest:.2f}",
             f">= {r.goal:.2f}: {'met' if r.met else 'missed'}",
         )  # fmt: skip
+    return table
+
+
+def _figures(figures: list[Figure]) -> Table:
+    table = Table(title="and what was measured beside", show_header=False)
+    for figure in figures:
+        table.add_row(figure.what, f"{figure.value:.3g} {figure.unit}")
     return table
 
 

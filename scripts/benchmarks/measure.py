@@ -36,6 +36,26 @@ class Comparison:
         return {**asdict(self), "met": self.met}
 
 
+@dataclass(frozen=True)
+class Figure:
+    """One measured number that stands alone."""
+
+    what: str
+    value: float
+    unit: str
+
+    @classmethod
+    def median(
+        cls, what: str, action: Callable[[], object], amount: float, unit: str, times: int = 7
+    ) -> Figure:
+        """A rate: `amount` over the median of several times, after one warm-up."""
+        measured = [seconds(action) for _ in range(times + 1)][1:]
+        return cls(what, amount / statistics.median(measured), unit)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def seconds(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()

@@ -1,0 +1,51 @@
+"""The published tool's algorithms, written plainly: what our kernels are compared with.
+
+Quantizing compares every weight with every level; decoding unpacks eight codes from five bytes by 64-bit
+shifts, in chunks of rows. Both in PyTorch, with all the threads that it has.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from common.hlwq.hadamard import hadamard_matrix
+from common.hlwq.planes import BLOCK
+
+_BLOCKS_AT_ONCE = 4096  # 32 levels of these are 64 MB
+_ROWS_AT_ONCE = 256
+
+
+def quantize(weight: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """W (out, in), in a multiple of 128 -> codes uint8 (blocks, 128) and norms float16 (blocks, 1)."""
+    blocks = weight.float().view(-1, BLOCK)
+    norms = blocks.norm(dim=1, keepdim=True).clamp_min(1e-10)
+    rotated = (blocks / norms) @ hadamard_matrix() * math.sqrt(BLOCK)
+    pieces = [
+        (piece[:, :, None] - codebook).abs().argmin(-1).to(torch.uint8)
+        for piece in rotated.split(_BLOCKS_AT_ONCE)
+    ]
+    return torch.cat(pieces), norms.half()
+
+
+def pack_q5(codes: Tensor) -> Tensor:
+    """Codes (rows, columns) of 5 bits, least significant bit first: uint8 (rows, columns * 5 / 8)."""
+    words = (codes.view(codes.shape[0], -1, 8).long() << (5 * torch.arange(8))).sum(-1)
+    return ((words[:, :, None] >> (8 * torch.arange(5))) & 255).to(torch.uint8).flatten(1)
+
+
+def decode_q5(packed: Tensor, norms: Tensor, codebook: Tensor) -> Tensor:
+    """The way back to bfloat16: packed (rows, columns * 5 / 8), norms (rows, blocks) float16."""
+    matrix, scaled = hadamard_matrix(), codebook / math.sqrt(BLOCK)
+    chunks = []
+    for start in range(0, packed.shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        bytes_ = packed[rows].view(packed[rows].shape[0], -1, 5).long()
+        words = (bytes_ << (8 * torch.arange(5))).sum(-1)
+        codes = ((words[:, :, None] >> (5 * torch.arange(8))) & 31).flatten(1)
+        levels = scaled[codes].view(-1, BLOCK) @ matrix
+        weights = levels.view(codes.shape[0], -1, BLOCK) * norms[rows].float()[:, :, None]
+        chunks.append(weights.flatten(1).bfloat16())
+    return torch.cat(chunks)
