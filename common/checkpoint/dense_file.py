@@ -13,13 +13,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from common.checkpoint.calibration import Calibration
 from common.checkpoint.checksum import ChecksummedFile
 from common.checkpoint.packed import dense_layouts, packed_name
-from common.checkpoint.packing import in_order, pack_rows, row_slices, rows_of, unpacked
+from common.checkpoint.packing import (
+    in_order,
+    memory_of_rows,
+    pack_rows,
+    quantizes,
+    row_slices,
+    rows_of,
+    unpacked,
+)
 from common.checkpoint.plan import BitPlan
 from common.checkpoint.source import Matrix, WeightSource
 from common.checkpoint.tensor_file import ELEMENT_BYTES, TensorInfo, data, header
 from common.errors import CheckpointError
+from common.hlwq.calibrated import error_feedback
 from common.hlwq.matrix import PackedMatrix
 from common.record import MatrixLayout
 
@@ -29,8 +39,9 @@ Count = Callable[[int], None]
 class DenseFile:
     """The file that `plan` makes of a source's dense weights, from its headers alone."""
 
-    def __init__(self, source: WeightSource, plan: BitPlan) -> None:
+    def __init__(self, source: WeightSource, plan: BitPlan, calibration: Calibration | None = None) -> None:
         self._source = source
+        self._calibration = calibration
         self._layouts = dense_layouts(source.config, plan.dense)
         infos = {name: self._info(name) for name in source.dense_stored}
         # Wide elements first: so all stay aligned.
@@ -63,7 +74,10 @@ class DenseFile:
         size = self._source.dense_stored[name].size
         if name in self._layouts:
             layout, packed_size = self._layouts[name]
-            file.write(data(_packed_run(matrix, layout, packed_size, size, count)))
+            feedback = None
+            if self._calibration is not None and quantizes(matrix, layout.bits):
+                feedback = error_feedback(self._calibration.dense(name))
+            file.write(data(_packed_run(matrix, layout, packed_size, feedback, size, count)))
             return
         if isinstance(matrix, PackedMatrix):
             for rows in row_slices(matrix):
@@ -75,11 +89,14 @@ class DenseFile:
         count(size)
 
 
-def _packed_run(matrix: Matrix, layout: MatrixLayout, packed_size: int, size: int, count: Count) -> Tensor:
+def _packed_run(
+    matrix: Matrix, layout: MatrixLayout, packed_size: int, feedback: Tensor | None, size: int, count: Count
+) -> Tensor:
     """The packed bytes of a matrix, made by several threads; `count` is told shares of `size`."""
     run = torch.zeros(packed_size, dtype=torch.uint8)
-    slices = row_slices(matrix)
-    with closing(in_order(partial(pack_rows, matrix, layout, run, rows) for rows in slices)) as pieces:
+    slices = row_slices(matrix, feedback is not None)
+    jobs = (partial(pack_rows, matrix, layout, run, feedback, rows) for rows in slices)
+    with closing(in_order(jobs, memory_of_rows(feedback is not None))) as pieces:
         for done, _ in enumerate(pieces):
             count(size * (done + 1) // len(slices) - size * done // len(slices))
     return run

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from torch import Tensor
+
+from common.checkpoint.calibration import Calibration
 from common.checkpoint.checksum import ChecksummedFile, FileEntry
 from common.checkpoint.dense_file import DenseFile
 from common.checkpoint.file_state import check_unchanged, states_of
@@ -40,27 +43,29 @@ def pack(
     progress: Progress,
     name: str | None = None,
     details: Mapping[str, str] | None = None,
+    calibration: Calibration | None = None,
 ) -> PackedCheckpoint:
     """Pack `source` into `destination`, which must not exist; `progress` gets its bytes, done and in all.
 
     `name` says in the manifest what was packed, the source directory's name by default, and `details` what
-    else is worth knowing of it. Raises ConfigError (bits) or CheckpointError (weights that are not finite, a
-    source that changes, the destination), and then leaves nothing behind; Exhausted (the disk is full), and
-    then keeps what is finished for the next run.
+    else is worth knowing of it. With a calibration, weights are rounded for the inputs that it tells of.
+    Raises ConfigError (bits) or CheckpointError (weights that are not finite, a source that changes, the
+    destination), and then leaves nothing behind; Exhausted (the disk is full), and then keeps what is
+    finished for the next run.
     """
     layouts = record_layouts(source.config, plan.experts)
     identity, states = source.identity, states_of(source.files())
-    dense = DenseFile(source, plan)
+    dense = DenseFile(source, plan, calibration)
     sizes = {path.name: path.stat().st_size for path in source.carried_files()} | {DENSE: dense.size}
     head = header({RECORDS: TensorInfo("U8", (source.config.n_routed_experts, layouts.stride))})
     for layer in range(source.config.num_layers):
         sizes[layer_file(layer)] = len(head) + source.config.n_routed_experts * layouts.stride
-    with resumable_directory(destination, _key(identity, layouts, plan), sizes) as directory:
+    with resumable_directory(destination, _key(identity, layouts, plan, calibration), sizes) as directory:
         done = _Done(source, progress, directory.finished)
         for path in source.carried_files():
             directory.write(path.name, partial(_copy, path))
         directory.write(DENSE, partial(dense.write, done.count_dense))
-        _write_layers(directory, source, layouts, head, done)
+        _write_layers(directory, source, partial(packed_records, source, layouts, calibration), head, done)
         check_unchanged(states)
         files = {name: directory.finished[name] for name in sizes}
         described = {"name": name or source.directory.resolve().name, **(details or {})}
@@ -98,7 +103,11 @@ class _Done:
 
 
 def _write_layers(
-    directory: ResumableDirectory, source: WeightSource, layouts: RecordLayouts, head: bytes, done: _Done
+    directory: ResumableDirectory,
+    source: WeightSource,
+    pack_records: Callable[[list[ExpertKey]], Generator[Tensor, None, None]],
+    head: bytes,
+    done: _Done,
 ) -> None:
     """Every layer's file that is not finished. Threads pack ahead of the file that is being synced."""
     experts = source.config.n_routed_experts
@@ -112,7 +121,7 @@ def _write_layers(
             done.count_expert()
 
     # Closing the generator ends its threads, also when a write fails.
-    with closing(packed_records(source, layouts, keys)) as records:
+    with closing(pack_records(keys)) as records:
         for layer in missing:
             directory.write(layer_file(layer), fill)
 
@@ -121,10 +130,11 @@ def _copy(path: Path, file: ChecksummedFile) -> None:
     file.write(path.read_bytes())
 
 
-def _key(identity: str, layouts: RecordLayouts, plan: BitPlan) -> str:
+def _key(identity: str, layouts: RecordLayouts, plan: BitPlan, calibration: Calibration | None) -> str:
     """Whatever decides the bytes of the files: runs of one key can share them."""
     versions = [VERSION, importlib.metadata.version("expert-serving")]
-    decisive = [*versions, identity, layouts.digest, sorted(plan.dense.items())]
+    inputs = calibration and calibration.identity
+    decisive = [*versions, identity, layouts.digest, sorted(plan.dense.items()), inputs]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

@@ -17,10 +17,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from common.checkpoint.calibration import Calibration
 from common.checkpoint.names import expert_names
 from common.checkpoint.source import Matrix, WeightSource
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
+from common.hlwq.calibrated import error_feedback, feedback_memory, pack_calibrated
 from common.hlwq.codebook import packing_codebook
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import RAW_BITS
@@ -30,17 +32,29 @@ from common.record import MatrixLayout, RecordLayouts
 T = TypeVar("T")
 
 _WEIGHTS_AT_ONCE = 1 << 20
+_CALIBRATED_AT_ONCE = 1 << 22  # more, because columns are rounded one by one whatever their length
 _MEMORY = 1 << 30  # bytes of all that is in flight
 _MEMORY_OF_ROWS = 48 * _WEIGHTS_AT_ONCE  # of quantizing so many weights in PyTorch, all intermediates counted
+_MEMORY_OF_CALIBRATED_ROWS = 28 * _CALIBRATED_AT_ONCE
 
 
-def packed(matrix: Matrix, bits: int) -> PackedMatrix:
-    """`matrix` at `bits`: as it is when it has them already, else decoded if need be, and quantized anew."""
+def packed(matrix: Matrix, bits: int, feedback: Tensor | None = None) -> PackedMatrix:
+    """`matrix` at `bits`: as it is when it has them already, else decoded if need be, and quantized anew.
+
+    With `feedback`, that of its inputs, it is quantized for these.
+    """
     if isinstance(matrix, PackedMatrix):
         if matrix.bits == bits:
             return matrix
         matrix = matrix.decode(torch.bfloat16 if bits == RAW_BITS else torch.float32)
+    if feedback is not None:
+        return pack_calibrated(matrix, bits, packing_codebook(bits), feedback)
     return pack_matrix(matrix, bits, None if bits == RAW_BITS else packing_codebook(bits), fit_norms=True)
+
+
+def quantizes(matrix: Matrix, bits: int) -> bool:
+    """Whether `packed` would quantize, not just carry over or round to bfloat16."""
+    return bits != RAW_BITS and not (isinstance(matrix, PackedMatrix) and matrix.bits == bits)
 
 
 def unpacked(matrix: Matrix) -> Tensor:
@@ -48,10 +62,10 @@ def unpacked(matrix: Matrix) -> Tensor:
     return matrix.decode(torch.bfloat16) if isinstance(matrix, PackedMatrix) else matrix
 
 
-def row_slices(matrix: Matrix) -> list[slice]:
+def row_slices(matrix: Matrix, calibrated: bool = False) -> list[slice]:
     """The rows of `matrix` in pieces small enough to be worked on by every thread at once."""
     rows, columns = matrix.shape
-    at_once = max(1, _WEIGHTS_AT_ONCE // max(1, columns))
+    at_once = max(1, (_CALIBRATED_AT_ONCE if calibrated else _WEIGHTS_AT_ONCE) // max(1, columns))
     return [slice(start, start + at_once) for start in range(0, rows, at_once)]
 
 
@@ -60,19 +74,32 @@ def rows_of(matrix: Matrix, rows: slice) -> Matrix:
     return matrix.rows(rows) if isinstance(matrix, PackedMatrix) else matrix[rows]
 
 
-def pack_rows(matrix: Matrix, layout: MatrixLayout, record: Tensor, rows: slice) -> None:
+def pack_rows(
+    matrix: Matrix, layout: MatrixLayout, record: Tensor, feedback: Tensor | None, rows: slice
+) -> None:
     """Pack some rows of `matrix` into their places in `record`."""
-    layout.store(packed(rows_of(matrix, rows), layout.bits), record, rows)
+    layout.store(packed(rows_of(matrix, rows), layout.bits, feedback), record, rows)
+
+
+def memory_of_rows(calibrated: bool) -> int:
+    """Bytes that packing one of the `row_slices` takes."""
+    return _MEMORY_OF_CALIBRATED_ROWS if calibrated else _MEMORY_OF_ROWS
 
 
 def packed_records(
-    source: WeightSource, layouts: RecordLayouts, keys: Sequence[ExpertKey]
+    source: WeightSource,
+    layouts: RecordLayouts,
+    calibration: Calibration | None,
+    keys: Sequence[ExpertKey],
 ) -> Generator[Tensor, None, None]:
     """The records of `keys`, uint8 (stride,), in their order; see `in_order`."""
     experts = source.config.num_layers * source.config.n_routed_experts
     # One expert read and one record made in each thread, and two finished records waiting for each.
     each = source.routed_bytes // experts + 3 * layouts.stride + _MEMORY_OF_ROWS
-    return in_order((partial(_record, source, layouts, key) for key in keys), each)
+    if calibration is not None:
+        columns = max(source.config.hidden_size, source.config.moe_intermediate_size)
+        each += feedback_memory(columns) + memory_of_rows(True)
+    return in_order((partial(_record, source, layouts, calibration, key) for key in keys), each)
 
 
 def in_order(jobs: Iterable[Callable[[], T]], each: int = _MEMORY_OF_ROWS) -> Generator[T, None, None]:
@@ -98,15 +125,30 @@ def in_order(jobs: Iterable[Callable[[], T]], each: int = _MEMORY_OF_ROWS) -> Ge
         torch.set_num_threads(before)
 
 
-def _record(source: WeightSource, layouts: RecordLayouts, key: ExpertKey) -> Tensor:
+def _record(
+    source: WeightSource, layouts: RecordLayouts, calibration: Calibration | None, key: ExpertKey
+) -> Tensor:
     record = torch.zeros(layouts.stride, dtype=torch.uint8)  # zero between sections, so always the same bytes
-    parts = zip(
-        layouts[key.layer].matrices, source.expert(key), expert_names(source.config, key), strict=True
-    )
-    for layout, matrix, name in parts:
+    matrices, layout = source.expert(key), layouts[key.layer].matrices
+    feedbacks = _feedbacks(calibration, key, matrices, layout)
+    parts = zip(layout, matrices, expert_names(source.config, key), feedbacks, strict=True)
+    for place, matrix, name, feedback in parts:
         try:
-            for rows in row_slices(matrix):
-                pack_rows(matrix, layout, record, rows)
+            for rows in row_slices(matrix, feedback is not None):
+                pack_rows(matrix, place, record, feedback, rows)
         except CheckpointError as error:
             raise CheckpointError(f"{source.directory}: {name}: {error}") from None
     return record
+
+
+def _feedbacks(
+    calibration: Calibration | None,
+    key: ExpertKey,
+    matrices: tuple[Matrix, Matrix],
+    layout: tuple[MatrixLayout, MatrixLayout],
+) -> list[Tensor | None]:
+    wanted = [quantizes(matrix, place.bits) for matrix, place in zip(matrices, layout, strict=True)]
+    if calibration is None or not any(wanted):
+        return [None, None]
+    moments = calibration.expert(key, unpacked(matrices[0]))
+    return [error_feedback(moment) if use else None for moment, use in zip(moments, wanted, strict=True)]

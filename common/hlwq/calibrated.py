@@ -67,10 +67,15 @@ def error_feedback(moment: Moment) -> Tensor | None:
     diagonal = damped.diagonal()
     diagonal[:columns] += (_DAMPING + _DAMPING_OF_FEW * columns / moment.count) * mean
     diagonal[columns:] = _DAMPING_OF_PADDING * mean
-    rotated = hadamard_transform(hadamard_transform(damped).T.contiguous()).double()
+    rotated = hadamard_transform(hadamard_transform(damped).T.contiguous())
     # An upper factor instead of a lower one: Cholesky of the matrix read backwards.
-    factor = torch.linalg.cholesky(rotated.flip(0, 1)).flip(0, 1)
-    return (factor / factor.diagonal()).float()
+    factor = torch.linalg.cholesky(rotated.flip(0, 1).double()).float().flip(0, 1)
+    return factor / factor.diagonal()
+
+
+def feedback_memory(columns: int) -> int:
+    """Bytes that `error_feedback` takes: two copies in double precision, three in single."""
+    return 28 * padded(columns) ** 2
 
 
 def quantize_calibrated(weight: Tensor, codebook: Tensor, feedback: Tensor) -> tuple[Tensor, Tensor]:
