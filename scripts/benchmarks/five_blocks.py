@@ -47,7 +47,7 @@ def benchmark() -> Iterator[Comparison | Figure]:
         for what, amount, goal in (("decode", NEW - 1, 7.5), ("prefill", PROMPT, 5.0)):
             a, b = ([side[what] for side in sides] for sides in zip(*times, strict=True))
             names = ("store and worker, 5 bits", "transformers, bfloat16")
-            yield comparison(f"{PATTERN} {what} [synthetic]", *names, a, b, amount, "tokens/s", goal)
+            yield comparison(f"{PATTERN} {what} (synthetic)", *names, a, b, amount, "tokens/s", goal)
         yield Figure("store and worker, resident together", ours.resident() / 1e9, "GB")
         yield Figure("transformers, resident", theirs.resident() / 1e9, "GB")
         yield Figure("packed bytes read a token", bytes_a_token(PackedCheckpoint.open(packed)) / 1e9, "GB")

@@ -172,6 +172,8 @@ struct Lookup<8, SPLIT> : Gather<8> {
     }
 }
 
+[[gnu::always_inline]] inline void keep(Vec& value) { asm("" : "+x"(value)); }
+
 #include "path.inc"
 
 }  // namespace

@@ -156,6 +156,9 @@ struct Lookup {
     }
 }
 
+// Makes the compiler hold a value in a register where it would load it again for every use.
+[[gnu::always_inline]] inline void keep(Vec& value) { asm("" : "+v"(value)); }
+
 #define HLWQ_SMALL_NEAREST "nearest_avx512.inc"
 #include "path.inc"
 

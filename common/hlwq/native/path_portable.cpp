@@ -60,6 +60,8 @@ inline void raw_weights(const uint16_t* source, Vec w[4]) {
     }
 }
 
+inline void keep(Vec&) {}
+
 #include "path.inc"
 
 }  // namespace
