@@ -85,6 +85,7 @@ def _packed(checkpoint: PackedCheckpoint) -> dict[str, Any]:
         "codebook": manifest.codebook,
         "format_version": VERSION,
         "source": manifest.source["name"],
+        "calibration": manifest.source.get("calibration"),
         "fingerprint": checkpoint.fingerprint,
         "synthetic": manifest.synthetic,
     }
@@ -101,6 +102,7 @@ def _unpacked(checkpoint: HuggingFaceCheckpoint) -> dict[str, Any]:
         "codebook": None,
         "format_version": None,
         "source": None,
+        "calibration": None,
         "fingerprint": None,
         "synthetic": checkpoint.synthetic,
     }

@@ -87,6 +87,12 @@ def write_errors(destination: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write {destination}: {error}") from error
 
 
+def check_absent(destination: Path) -> None:
+    """Refuse to write over what is there."""
+    if destination.exists():
+        raise CheckpointError(f"{destination} exists already; remove it or choose another name")
+
+
 def check_room(destination: Path, needed: int) -> None:
     """Refuse at once what would fail after minutes of writing: no directory for it, or too small a disk."""
     if not destination.parent.is_dir():
