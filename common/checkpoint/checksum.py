@@ -71,7 +71,14 @@ class ChecksummedFile:
             return
         if self._flush is not None:
             self._flush.result()
-        self._flush, self._unflushed = self._threads.submit(os.fsync, self._file.fileno()), 0
+        self._flush, self._unflushed = self._threads.submit(_flush_and_drop, self._file.fileno()), 0
+
+
+def _flush_and_drop(descriptor: int) -> None:
+    """Sync a file and give its pages back: what is larger than memory would push everything else out of it,
+    and pages that are used again cost the system far less than new ones."""
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def checksum(path: Path, count: Callable[[int], None]) -> str:
