@@ -40,6 +40,7 @@ class BlockPool:
         self.bits = bits
         self.codebook = None if bits == RAW_BITS else packing_codebook(bits)
         self._blocks = pack_matrix(blocks, bits, self.codebook)  # a row each
+        self._norms: dict[float, Tensor] = {}  # by deviation, of which a model has a few
 
     def matrix(self, rows: int, columns: int, deviation: float, rng: np.random.Generator) -> DrawnMatrix:
         """(rows, columns) whose entries have mean 0 and this standard deviation."""
@@ -49,11 +50,13 @@ class BlockPool:
 
     def gather(self, drawn: Tensor, columns: int, deviation: float) -> PackedMatrix:
         """The matrix of the blocks `drawn` (rows, blocks), trimmed to `columns`, times `deviation`."""
-        flat, pool = drawn.reshape(-1), self._blocks
-        planes = tuple(plane.index_select(0, flat).view(len(drawn), -1) for plane in pool.planes)
-        if pool.norms is None:
+        flat = drawn.reshape(-1)
+        planes = tuple(plane.index_select(0, flat).view(len(drawn), -1) for plane in self._blocks.planes)
+        if self._blocks.norms is None:
             return raw_matrix(planes[0].view(torch.bfloat16)[:, :columns] * deviation)
-        norms = (pool.norms.view(-1).float() * deviation).half().index_select(0, flat).view(drawn.shape)
+        if deviation not in self._norms:
+            self._norms[deviation] = (self._blocks.norms.view(-1).float() * deviation).half()
+        norms = self._norms[deviation].index_select(0, flat).view(drawn.shape)
         return PackedMatrix(self.bits, columns, planes, norms, self.codebook)
 
 
