@@ -76,8 +76,7 @@ class PackedMatrix:
         Accumulates in float32 whatever x.dtype is.
         """
         if native.usable(x, *self.planes):
-            flat = x.reshape(-1, self.in_features).float()
-            return native.product(self, flat).to(x.dtype).view(*x.shape[:-1], -1)
+            return native.Product(self)(x)
         if self.bits == RAW_BITS:
             return F.linear(x, self.planes[0].view(torch.bfloat16).to(x.dtype))
         rotated = self._rotated()

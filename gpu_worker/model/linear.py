@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,15 @@ from common.hlwq import native
 from common.hlwq.matrix import PackedMatrix, raw_matrix
 
 
-@dataclass(frozen=True)
 class Linear:
     """y = x W^T for W (out, in); `weight` is W in the compute dtype, or packed."""
 
-    weight: Tensor | PackedMatrix
+    def __init__(self, weight: Tensor | PackedMatrix) -> None:
+        self.weight = weight
+        self._product: Callable[[Tensor], Tensor] = self._plain
+        if isinstance(weight, PackedMatrix):
+            # Decoding a token makes a hundred short calls of these: whatever can be prepared, is.
+            self._product = native.Product(weight) if native.usable(*weight.planes) else weight.product
 
     @classmethod
     def of(cls, weight: Tensor | PackedMatrix, dtype: torch.dtype, device: torch.device) -> Linear:
@@ -30,10 +34,12 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x.dtype."""
-        if isinstance(self.weight, Tensor):
-            return F.linear(x, self.weight)
-        return self.weight.product(x)
+        return self._product(x)
 
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
+
+    def _plain(self, x: Tensor) -> Tensor:
+        assert isinstance(self.weight, Tensor)
+        return F.linear(x, self.weight)

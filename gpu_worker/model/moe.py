@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.model_config import ModelConfig
-from gpu_worker.model.mlp import relu2_mlp
+from gpu_worker.model.mlp import MLP
 from gpu_worker.model.states import Step
 from gpu_worker.model.weights import MoEWeights, RouterWeights
 
@@ -70,6 +70,7 @@ class MoE:
     ) -> None:
         self.weights, self.next_gate = weights, next_gate
         self.config, self.layer, self.experts = config, layer, experts
+        self._shared = MLP(weights.shared_experts)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x (rows, hidden) to (rows, hidden). Rows are independent, so all steps are the same to it."""
@@ -79,7 +80,7 @@ class MoE:
             # this layer's input what it will choose from its own. Before compute: staging overlaps with it.
             self.experts.hint(self.layer + 1, self._route(x, self.next_gate)[0])
         routed = self.experts.compute(self.layer, x, choices, weights)
-        return routed + relu2_mlp(x, self.weights.shared_experts)
+        return routed + self._shared(x)
 
     def _route(self, x: Tensor, gate: RouterWeights) -> tuple[Tensor, Tensor]:
         return route(x, gate.weight, gate.e_score_correction_bias, self.config)

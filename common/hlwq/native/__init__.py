@@ -103,15 +103,15 @@ def forced(kernels: str) -> Iterator[None]:
             _choose_path(_loaded(), before)
 
 
-def layout_of(matrix: PackedMatrix) -> tuple[Layout, int]:
-    """The layout of a matrix relative to its first plane, and that plane's address."""
-    base = matrix.planes[0].data_ptr()
-    assert all(plane.is_contiguous() for plane in matrix.planes)
-    offsets = [plane.data_ptr() - base for plane in matrix.planes]
+def layout_of(matrix: PackedMatrix, base: int | None = None) -> tuple[Layout, int]:
+    """The layout of a matrix relative to an address, its first plane's by default; and that address."""
+    base = matrix.planes[0].data_ptr() if base is None else base
+    parts = [part for part in (*matrix.planes, matrix.norms, matrix.codebook) if part is not None]
+    assert all(part.is_contiguous() for part in parts)
+    planes = (c_int64 * 2)(*(plane.data_ptr() - base for plane in matrix.planes))
     norms, codebook = (
-        0 if part is None else part.contiguous().data_ptr() - base for part in (matrix.norms, matrix.codebook)
+        0 if part is None else part.data_ptr() - base for part in (matrix.norms, matrix.codebook)
     )
-    planes = (c_int64 * 2)(*offsets)
     return Layout(matrix.bits, *matrix.shape, planes, norms, codebook), base
 
 
@@ -124,13 +124,48 @@ def record_layout(layout: MatrixLayout) -> Layout:
     return Layout(layout.bits, layout.out_features, layout.in_features, planes, norms, codebook)
 
 
-def product(matrix: PackedMatrix, x: Tensor) -> Tensor:
-    """x W'^T in float32, for x (rows, in) float32."""
-    layout, base = layout_of(matrix)
-    x = x.contiguous()
-    y = torch.empty(x.shape[0], layout.out_features)
-    call("hlwq_product", layout, base, x.data_ptr(), x.shape[0], y.data_ptr())
-    return y
+class Product:
+    """x W'^T for one matrix, which it keeps: made once where it is used often."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        self.matrix = matrix
+        self._layout, self._base = layout_of(matrix)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), in x.dtype; computed in float32."""
+        rows = _rows(x)
+        y = torch.empty(rows.shape[0], self._layout.out_features)
+        call("hlwq_product", self._layout, self._base, rows.data_ptr(), rows.shape[0], y.data_ptr())
+        return _like(y, x)
+
+
+class FeedForward:
+    """down(relu(up(x))^2) for two matrices, which it keeps, in one call."""
+
+    def __init__(self, up: PackedMatrix, down: PackedMatrix) -> None:
+        self.matrices = up, down
+        self._up, self._base = layout_of(up)
+        self._down, _ = layout_of(down, self._base)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., hidden) to the same, in x.dtype; computed in float32."""
+        rows = _rows(x)
+        count = rows.shape[0]
+        y = torch.empty(count, self._down.out_features)
+        starts, pairs = np.array([0, count]), np.arange(count)
+        experts(self._up, self._down, [self._base], starts, pairs, 1, rows, y)
+        return _like(y, x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (..., columns) as contiguous rows of float32."""
+    return x.reshape(-1, x.shape[-1]).float().contiguous()
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y (rows, columns) in the form and type of x (..., any)."""
+    y = y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+    return y if x.dtype == y.dtype else y.to(x.dtype)
 
 
 def decode(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
