@@ -6,12 +6,7 @@
 #include <cstdint>
 
 #include "../../common/hlwq/native/pool.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES [[gnu::target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")]]
-#else
-#define CLONES
-#endif
+#include "clones.h"
 
 extern "C" {
 
@@ -29,8 +24,6 @@ void mamba2_scan(const Mamba2Shape* shape, int64_t sequences, int64_t tokens, co
 }
 
 namespace {
-
-constexpr int kLanes = 16;
 
 // e^x to about two units in the last place (Cephes' expf), without branches, so that loops over it vectorise.
 inline float exponential(float x) {

@@ -22,7 +22,7 @@ def relu2_mlp(x: Tensor, weights: MLPWeights) -> Tensor:
 
 
 class MLP:
-    """A `-` block's mixer, or a shared expert. Its rows are independent: every kind of step is the same to it."""
+    """A `-` block's mixer, or a shared expert. Rows are independent: every kind of step is the same to it."""
 
     def __init__(self, weights: MLPWeights) -> None:
         self.weights = weights

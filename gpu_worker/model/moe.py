@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.model_config import ModelConfig
+from gpu_worker.kernels import small_steps
 from gpu_worker.model.mlp import MLP
 from gpu_worker.model.states import Step
 from gpu_worker.model.weights import MoEWeights, RouterWeights
@@ -43,13 +44,16 @@ def route(
     The bias takes part in the choice only. With n_group > 1, choices come from the topk_group groups whose
     two best experts score highest in sum (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
     """
-    scores = F.linear(x.float(), weight).sigmoid()
+    x, grouped = x.float(), config.n_group > config.topk_group
+    if not grouped and small_steps.usable(x, weight, e_score_correction_bias):
+        return small_steps.route(x, weight, e_score_correction_bias, config)
+    scores = F.linear(x, weight).sigmoid()
     for_choice = scores + e_score_correction_bias
-    if config.n_group > config.topk_group:
-        grouped = torch.unflatten(for_choice, 1, (config.n_group, -1))
-        best = grouped.topk(2).values.sum(-1).topk(config.topk_group).indices
-        open_groups = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
-        for_choice = grouped.masked_fill(~open_groups[..., None], -torch.inf).flatten(1)
+    if grouped:
+        by_group = torch.unflatten(for_choice, 1, (config.n_group, -1))
+        best = by_group.topk(2).values.sum(-1).topk(config.topk_group).indices
+        open_groups = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        for_choice = by_group.masked_fill(~open_groups[..., None], -torch.inf).flatten(1)
     choices = for_choice.topk(config.num_experts_per_tok, sorted=True).indices
     weights = scores.gather(1, choices)
     if config.norm_topk_prob:

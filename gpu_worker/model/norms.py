@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_worker.kernels import small_steps
+
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x (..., hidden) over the root of its mean square, times weight (hidden,); in x.dtype."""
-    if x.dtype == weight.dtype == torch.float32:  # one call, and nothing to round in between
-        return F.rms_norm(x, weight.shape, weight, epsilon)
+    if small_steps.usable(x, weight):
+        return small_steps.rms_norm(x, weight, epsilon)
     return (weight.float() * _normalised(x.float(), epsilon)).to(x.dtype)
 
 

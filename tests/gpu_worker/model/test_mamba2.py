@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.hlwq import native
 from gpu_worker.model.mamba2 import causal_conv, time_step
 from gpu_worker.model.norms import gated_group_norm, rms_norm
 from tests.helpers.nemotron import make_twins
@@ -45,7 +46,7 @@ def test_norms_round_where_transformers_does(dtype: torch.dtype) -> None:
     reference = make_twins().reference.model.layers[0].to(dtype)
     generator = torch.Generator().manual_seed(1)
     x, inner, gate = (torch.randn(50, n, generator=generator).to(dtype) for n in (48, 48, 48))
-    with torch.inference_mode():
+    with torch.inference_mode(), native.forced(native.PLAIN):
         assert torch.equal(rms_norm(x, reference.norm.weight, 1e-5), reference.norm(x))
         got = gated_group_norm(inner, gate, reference.mixer.norm.weight, 2, 1e-5)
         assert torch.equal(got, reference.mixer.norm(inner, gate))
