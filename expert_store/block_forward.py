@@ -116,15 +116,20 @@ class _RoutedExperts(nn.Module):
         self._source, self._layer, self._observer = source, layer, observer
 
     def forward(self, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
-        """Of hidden states (tokens, hidden), choices and weights (tokens, k)."""
         self._observer.routed(self._layer, hidden_states, choices, weights)
-        total = torch.zeros_like(hidden_states)
-        for expert in range(self._source.config.n_routed_experts):
-            tokens, rank = torch.where(choices == expert)
-            if tokens.numel() == 0:
-                continue
-            up, down = (unpacked(matrix) for matrix in self._source.expert(ExpertKey(self._layer, expert)))
-            inner = F.linear(hidden_states[tokens], up.float()).relu_().square_()
-            outer = F.linear(inner, down.float()).mul_(weights[tokens, rank, None])
-            total.index_add_(0, tokens, outer)
-        return total
+        return routed_output(self._source, self._layer, hidden_states, choices, weights)
+
+
+def routed_output(
+    source: WeightSource, layer: int, inputs: Tensor, choices: Tensor, weights: Tensor
+) -> Tensor:
+    """What a layer's routed experts make of inputs (tokens, hidden), choices and weights (tokens, k)."""
+    total = torch.zeros_like(inputs)
+    for expert in range(source.config.n_routed_experts):
+        tokens, rank = torch.where(choices == expert)
+        if tokens.numel() == 0:
+            continue
+        up, down = (unpacked(matrix).float() for matrix in source.expert(ExpertKey(layer, expert)))
+        inner = F.linear(inputs[tokens], up).relu_().square_()
+        total.index_add_(0, tokens, F.linear(inner, down).mul_(weights[tokens, rank, None]))
+    return total

@@ -7,7 +7,6 @@ loads the same weights, unpacked. Both stay loaded and take turns.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,16 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from measure import Comparison, Figure, comparison
+from pair import SCRIPTS, served
 
-from common.addresses import Address
 from common.checkpoint.packed import PackedCheckpoint
-from common.grpc_client import wait_until_serving
 from gpu_worker.client import Generated, WorkerClient
 
 PATTERN, VOCABULARY, BITS = "MEM*E", 8192, 5
 PROMPT, NEW = 128, 48
 PAIRS = 5
-_SCRIPTS = Path(sys.executable).parent
 _SIDE = Path(__file__).with_name("transformers_side.py")
 
 
@@ -38,7 +35,7 @@ def benchmark() -> Iterator[Comparison | Figure]:
             "expert-store", "synth", packed, "--pattern", PATTERN, "--vocab", VOCABULARY, "--dense-bits", BITS
         )
         _run("expert-store", "unpack", packed, plain)
-        ours = stack.enter_context(_pair(packed, Path(directory)))
+        ours = _Ours(*stack.enter_context(served(packed, Path(directory))))
         theirs = stack.enter_context(_transformers(plain))
         prompts = [
             [(seed * 7919 + 31 * i * i) % VOCABULARY for i in range(PROMPT)] for seed in range(PAIRS + 1)
@@ -101,27 +98,6 @@ class _Theirs:
 
 
 @contextmanager
-def _pair(model: Path, runtime: Path) -> Iterator[_Ours]:
-    environment = os.environ | {"EXPERT_SERVING_RUNTIME_DIR": str(runtime)}
-    commands = (["expert-store", "start", str(model)], ["gpu-worker", "start", "--device", "cpu"])
-    processes = [
-        subprocess.Popen(
-            [str(_SCRIPTS / command[0]), *command[1:]], env=environment, stderr=subprocess.DEVNULL
-        )
-        for command in commands
-    ]
-    try:
-        address = Address.parse(f"unix:{runtime}/worker.sock")
-        wait_until_serving(address, 120)
-        with WorkerClient(address) as client:
-            yield _Ours(client, processes)
-    finally:
-        for process in reversed(processes):
-            process.terminate()
-            process.wait(30)
-
-
-@contextmanager
 def _transformers(model: Path) -> Iterator[_Theirs]:
     with subprocess.Popen(
         [sys.executable, str(_SIDE), str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -131,7 +107,7 @@ def _transformers(model: Path) -> Iterator[_Theirs]:
 
 
 def _run(command: str, *words: object) -> None:
-    subprocess.run([str(_SCRIPTS / command), *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([str(SCRIPTS / command), *map(str, words)], check=True, stdout=subprocess.DEVNULL)
 
 
 def _memory(pid: int, kind: str) -> int:
