@@ -32,6 +32,7 @@ def same(result: Generated, expected: Generated) -> bool:
         ("--slots", "1", "--policy", "lru", "--prefetch", "on"),
         ("--slots", "2", "--policy", "lfru", "--prefetch", "off"),
         ("--slots", "5", "--policy", "lfru", "--prefetch", "auto"),
+        ("--slots", "direct"),
     ],
     ids=lambda options: " ".join(options),
 )
