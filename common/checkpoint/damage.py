@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from common.checkpoint.dense_file import is_finite
 from common.checkpoint.huggingface import HuggingFaceCheckpoint
+from common.checkpoint.values import is_finite
 from common.errors import CheckpointError
 
 

@@ -28,6 +28,7 @@ from common.checkpoint.packing import (
 from common.checkpoint.plan import BitPlan
 from common.checkpoint.source import Matrix, WeightSource
 from common.checkpoint.tensor_file import ELEMENT_BYTES, TensorInfo, data, header
+from common.checkpoint.values import is_finite
 from common.errors import CheckpointError
 from common.hlwq.calibrated import error_feedback
 from common.hlwq.matrix import PackedMatrix
@@ -100,9 +101,3 @@ def _packed_run(
         for done, _ in enumerate(pieces):
             count(size * (done + 1) // len(slices) - size * done // len(slices))
     return run
-
-
-def is_finite(weights: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    # The extremes are NaN if any value is; a mask of finite values would take as much memory again.
-    return bool(torch.isfinite(torch.stack(torch.aminmax(weights))).all())

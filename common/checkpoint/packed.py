@@ -4,8 +4,8 @@
 uint8 tensor `records` (experts, stride) whose data begin at a multiple of 4096, so that aligned reads put
 records straight into frames. `dense.safetensors` holds the dense weights under canonical names; a matrix that
 is kept packed lies there as one run of bytes, `NAME.packed` instead of `NAME.weight`. `packed.json` is the
-manifest. Everything is checked from headers and sizes at open; reading every byte again is
-`Manifest.damaged_files`.
+manifest. Everything is checked from headers and sizes at open, and a matrix when it is read, so that nobody
+writes damage down again under a fresh checksum; reading every byte again is `Manifest.damaged_files`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from pathlib import Path
 from torch import Tensor
 
 from common.checkpoint.manifest import MANIFEST, Manifest
-from common.checkpoint.names import dense_shapes, packable_dense
+from common.checkpoint.names import dense_shapes, expert_names, packable_dense
 from common.checkpoint.plan import BitPlan
 from common.checkpoint.source import Matrix, Stored, carried_files
 from common.checkpoint.tensor_file import DATA_ALIGNMENT, WEIGHT_DTYPES, TensorFile
+from common.checkpoint.values import check_values
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
+from common.hlwq.matrix import PackedMatrix
 from common.model_config import ModelConfig
 from common.record import ExpertBits, MatrixLayout, RecordLayouts, matrix_layout, record_layouts
 
@@ -141,9 +143,13 @@ class PackedCheckpoint:
         return self._layers[key.layer].read(RECORDS, slice(key.expert, key.expert + 1))[0]
 
     def expert(self, key: ExpertKey) -> tuple[Matrix, Matrix]:
-        """Both projections, as views of one record."""
-        layout, record = self.layout[key.layer], self.record(key)
-        return layout.up.view(record), layout.down.view(record)
+        """Both projections, as views of one record; CheckpointError naming one that cannot be right."""
+        record, names = self.record(key), expert_names(self.config, key)
+        layouts = self.layout[key.layer].matrices
+        up, down = (
+            self._sound(name, layout.view(record)) for name, layout in zip(names, layouts, strict=True)
+        )
+        return up, down
 
     def dense_matrix(self, name: str) -> Matrix:
         """One dense weight, read into memory of its own."""
@@ -157,7 +163,15 @@ class PackedCheckpoint:
         if name not in self._dense_layouts:
             return get(name)
         layout, _ = self._dense_layouts[name]
-        return layout.view(get(packed_name(name)))
+        return self._sound(name, layout.view(get(packed_name(name))))
+
+    def _sound(self, name: str, matrix: PackedMatrix) -> PackedMatrix:
+        """The matrix, unless it cannot be right."""
+        try:
+            check_values(matrix)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.directory}: {name} {error}") from None
+        return matrix
 
     def _stored(self, name: str) -> Stored:
         if name in self._dense_layouts:

@@ -6,7 +6,6 @@ Which layout it is comes from `published_form`, the arithmetic of codes from `pu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from common.checkpoint.published_codes import bit_run, bits_of, extended, nibbles, stored_codebook
 from common.checkpoint.published_form import HLWQ, NIBBLES, Q5, Form, checked_bits
+from common.checkpoint.values import are_norms
 from common.errors import CheckpointError
 from common.hlwq.codebook import published_codebook
 from common.hlwq.matrix import PackedMatrix
@@ -100,7 +100,7 @@ class PublishedMatrix:
 
     def _norms(self) -> Tensor:
         norms = self.form.norms.tensor().view(self.form.shape[0], -1)
-        if not bool(((norms >= 0) & (norms < math.inf)).all()):  # false for NaN as well
+        if not are_norms(norms):
             raise self.form.norms.refusal("holds norms that are negative or not finite")
         return norms
 

@@ -1,7 +1,8 @@
 """What a checkpoint gives to whoever packs, unpacks or measures it, whatever its layout on disk.
 
 Every kind of checkpoint that `open_checkpoint` opens is a `WeightSource`. A matrix comes out as it is stored:
-plain, or packed with its own codes, norms and codebook, so that nobody decodes what need not be decoded.
+plain, or packed with its own codes, norms and codebook, so that nobody decodes what need not be decoded. A
+packed one is checked on its way out: what comes out can be right.
 """
 
 from __future__ import annotations

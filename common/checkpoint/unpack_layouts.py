@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.checkpoint.source import Matrix, Stored
 from common.checkpoint.tensor_file import TensorInfo
-from common.errors import CheckpointError, ConfigError
+from common.errors import ConfigError
 from common.hlwq.codebook import published_codebook
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, RAW_BITS, pack_planes, padded
@@ -89,17 +89,6 @@ LAYOUTS: dict[str, Callable[[str, Stored], list[Part]]] = {
     HLWQ_Q5: hlwq_q5_parts,
     POLAR_ENGINE_V5: polar_engine_parts,
 }
-
-
-def check(matrix: Matrix) -> None:
-    """Raise CheckpointError, with what is wrong with it, for a matrix that cannot be right."""
-    if not isinstance(matrix, PackedMatrix) or matrix.norms is None or matrix.codebook is None:
-        return
-    if not bool(((matrix.norms >= 0) & (matrix.norms < math.inf)).all()):  # false for NaN as well
-        raise CheckpointError("has norms that are negative or not finite")
-    codebook = matrix.codebook
-    if not bool(torch.isfinite(codebook).all()) or not bool((codebook.diff() > 0).all()):
-        raise CheckpointError("has a codebook that is not finite or not ascending")
 
 
 def matrix_key(name: str) -> str:
