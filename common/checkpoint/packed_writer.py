@@ -21,7 +21,7 @@ from torch import Tensor
 from common.checkpoint.calibration import Calibration
 from common.checkpoint.checksum import ChecksummedFile, FileEntry
 from common.checkpoint.dense_file import DenseFile
-from common.checkpoint.file_state import check_unchanged, states_of
+from common.checkpoint.intact import intact
 from common.checkpoint.manifest import MANIFEST, VERSION, Manifest
 from common.checkpoint.packed import DENSE, RECORDS, PackedCheckpoint, layer_file
 from common.checkpoint.packing import packed_records
@@ -49,24 +49,25 @@ def pack(
 
     `name` says in the manifest what was packed, the source directory's name by default, and `details` what
     else is worth knowing of it. With a calibration, weights are rounded for the inputs that it tells of.
-    Raises ConfigError (bits) or CheckpointError (weights that are not finite, a source that changes, the
-    destination), and then leaves nothing behind; Exhausted (the disk is full), and then keeps what is
-    finished for the next run.
+    Raises ConfigError (bits) or CheckpointError (weights that are not finite, a source that changes or
+    differs from its checksums, the destination), and then leaves nothing behind; Exhausted (the disk is
+    full), and then keeps what is finished for the next run.
     """
     layouts = record_layouts(source.config, plan.experts)
-    identity, states = source.identity, states_of(source.files())
+    identity = source.identity
     dense = DenseFile(source, plan, calibration)
     sizes = {path.name: path.stat().st_size for path in source.carried_files()} | {DENSE: dense.size}
     head = header({RECORDS: TensorInfo("U8", (source.config.n_routed_experts, layouts.stride))})
     for layer in range(source.config.num_layers):
         sizes[layer_file(layer)] = len(head) + source.config.n_routed_experts * layouts.stride
-    with resumable_directory(destination, _key(identity, layouts, plan, calibration), sizes) as directory:
+    key = _key(identity, layouts, plan, calibration)
+    with intact(source) as check_intact, resumable_directory(destination, key, sizes) as directory:
         done = _Done(source, progress, directory.finished)
         for path in source.carried_files():
             directory.write(path.name, partial(_copy, path))
         directory.write(DENSE, partial(dense.write, done.count_dense))
         _write_layers(directory, source, partial(packed_records, source, layouts, calibration), head, done)
-        check_unchanged(states)
+        check_intact()
         files = {name: directory.finished[name] for name in sizes}
         described = {"name": name or source.directory.resolve().name, **(details or {})}
         manifest = _manifest(source, layouts, plan, files, described)

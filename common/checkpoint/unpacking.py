@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from common.checkpoint.file_state import check_unchanged, states_of
+from common.checkpoint.intact import intact
 from common.checkpoint.names import expert_names
 from common.checkpoint.partial import check_room, partial_directory
 from common.checkpoint.polar_config import POLAR_CONFIG
@@ -59,7 +59,6 @@ def unpack(
     CheckpointError for one that is damaged or a destination that cannot be made, Exhausted when the disk is
     full, and then leaves nothing behind.
     """
-    states = states_of(source.files())
     shards = make_shards(_groups(source, layout), largest_shard)
     total = sum(group.size for shard in shards for group in shard.groups)
     check_room(destination, total)
@@ -70,7 +69,7 @@ def unpack(
         done += size
         progress(done, total)
 
-    with partial_directory(destination) as partial_copy:
+    with intact(source) as check_intact, partial_directory(destination) as partial_copy:
         count(0)
         _carry(source, partial_copy)
         if layout != BF16:
@@ -78,7 +77,7 @@ def unpack(
         for shard in shards:
             shard.write(partial_copy, count)
         write_index(partial_copy, shards)
-        check_unchanged(states)
+        check_intact()
     return shards
 
 
