@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from common.checkpoint.partial import writing
+
 _CHUNK = 1 << 22
 _FLUSHED_AT_ONCE = 1 << 26
 
@@ -29,12 +31,13 @@ class ChecksummedFile:
     """A new file, written front to back; `entry` describes it once the block has ended and it is on disk.
 
     Hashing and the way to the disk run on threads of their own beside writing: of the three, the slowest
-    decides.
+    decides. An OSError of any of them names the file.
     """
 
     entry: FileEntry
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
         self._threads = ThreadPoolExecutor(2, "checksum")
@@ -44,8 +47,9 @@ class ChecksummedFile:
     def write(self, data: bytes | memoryview) -> None:
         hashed = self._threads.submit(self._hash.update, data)
         try:
-            self._file.write(data)
-            self._flush_early(len(data))
+            with writing(self._path):
+                self._file.write(data)
+                self._flush_early(len(data))
         finally:
             hashed.result()
 
@@ -55,7 +59,7 @@ class ChecksummedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file, self._threads:
+        with writing(self._path), self._file, self._threads:
             if error is not None:
                 return
             if self._flush is not None:

@@ -43,8 +43,8 @@ def check_unchanged(states: dict[Path, FileState]) -> None:
             raise changed(path)
 
 
-def changed(path: Path) -> CheckpointError:
-    """The refusal of a file that is not what it was when it was opened."""
+def changed(path: Path, tensor: str = "it") -> CheckpointError:
+    """The refusal of a file that is not what it was when it was opened, and of what was read then."""
     return CheckpointError(
-        f"{path} changed while it was being read; wait until nothing writes to it, then try again"
+        f"{path} changed while {tensor} was being read; wait until nothing writes to it, then try again"
     )

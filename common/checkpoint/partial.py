@@ -83,8 +83,23 @@ def write_errors(destination: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise Exhausted(f"cannot write {destination}: no room on the disk") from error
+            raise Exhausted(f"cannot write {destination}: no room on the disk{for_file(error)}") from error
         raise CheckpointError(f"cannot write {destination}: {error}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the system name the file that is written; by themselves, only those of opening one do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def for_file(error: OSError) -> str:
+    """Which file an error is about, in the words that a refusal ends with; nothing if it names none."""
+    return f" for {Path(error.filename).name}" if error.filename else ""
 
 
 def check_absent(destination: Path) -> None:
@@ -101,13 +116,13 @@ def check_room(destination: Path, needed: int) -> None:
         raise no_room(destination, needed)
 
 
-def no_room(destination: Path, needed: int) -> Exhausted:
-    """The refusal of a disk or a quota that lacks room for `needed` more bytes."""
+def no_room(destination: Path, needed: int, for_what: str = "") -> Exhausted:
+    """The refusal of a disk or a quota that lacks room for `needed` more bytes, and for the file at hand."""
     free = shutil.disk_usage(destination.parent).free
     missing = f", so {format_bytes(needed - free)} are missing" if free < needed else ""
     return Exhausted(
-        f"cannot write {destination}: no room on the disk, where {format_bytes(free)} are free and "
-        f"{format_bytes(needed)} are needed{missing}"
+        f"cannot write {destination}: no room on the disk{for_what}, where {format_bytes(free)} are free "
+        f"and {format_bytes(needed)} are needed{missing}"
     )
 
 

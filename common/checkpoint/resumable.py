@@ -21,7 +21,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common.checkpoint.checksum import ChecksummedFile, FileEntry, checksum
-from common.checkpoint.partial import NO_ROOM, Claim, check_room, claimed, no_room, sync_directory
+from common.checkpoint.partial import (
+    NO_ROOM,
+    Claim,
+    check_room,
+    claimed,
+    for_file,
+    no_room,
+    sync_directory,
+    writing,
+)
 from common.errors import CheckpointError, ConfigError, ServingError
 
 _logger = logging.getLogger(__name__)
@@ -77,9 +86,10 @@ class ResumableDirectory:
                 path.unlink()
 
     def _append(self, line: Mapping[str, object]) -> None:
-        self._journal.write(json.dumps(line).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        with writing(Path(self._journal.name)):
+            self._journal.write(json.dumps(line).encode() + b"\n")
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
 
     def _read_journal(self) -> dict[str, FileEntry]:
         """What the journal says is finished; nothing if it is of another key. A torn last line is cut off."""
@@ -138,7 +148,7 @@ def _refusal(error: OSError, destination: Path, directory: ResumableDirectory, a
         return CheckpointError(f"cannot write {destination}: {error}" + (f"; {advice}" if advice else ""))
     with suppress(OSError):
         directory.remove_unfinished()
-    refusal = no_room(destination, directory.missing)
+    refusal = no_room(destination, directory.missing, for_file(error))
     return type(refusal)(f"{refusal}; make room; {advice}") if advice else refusal
 
 

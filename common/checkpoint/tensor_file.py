@@ -81,16 +81,17 @@ class TensorFile:
             )
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """The tensor, or some rows of it, in memory of its own; CheckpointError if the file changed.
+        """The tensor, or some rows of it, in memory of its own.
 
-        A file that was cut short while it is mapped kills the process that touches it; reading it does not.
+        Raises CheckpointError naming it if the file changed. A file that was cut short while it is mapped
+        kills the process that touches it; reading it does not.
         """
         info = self.tensors[name]
         start, stop, _ = rows.indices(info.shape[0]) if info.shape else (0, 1, 1)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         row_bytes = info.size // info.shape[0] if info.shape and info.shape[0] else info.size
         tensor = torch.empty(shape, dtype=_TORCH_DTYPES[info.dtype])
-        self._read_into(data(tensor), self.data_offset + self._offsets[name] + start * row_bytes)
+        self._read_into(data(tensor), self.data_offset + self._offsets[name] + start * row_bytes, name)
         return tensor
 
     def tensor(self, name: str) -> Tensor:
@@ -98,18 +99,18 @@ class TensorFile:
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
-    def _read_into(self, buffer: memoryview, offset: int) -> None:
+    def _read_into(self, buffer: memoryview, offset: int, name: str) -> None:
         try:
             with self.path.open("rb", buffering=0) as file:
                 while buffer and (count := os.preadv(file.fileno(), [buffer], offset)):
                     buffer, offset = buffer[count:], offset + count
                 unchanged = not buffer and FileState.of(file.fileno()) == self._state
         except FileNotFoundError:
-            raise changed(self.path) from None
+            raise changed(self.path, name) from None
         except OSError as error:
-            raise Unavailable(f"{self.path} cannot be read: {error.strerror}") from error
+            raise Unavailable(f"{self.path}: {name} cannot be read: {error.strerror}") from error
         if not unchanged:
-            raise changed(self.path)
+            raise changed(self.path, name)
 
 
 def header(tensors: Mapping[str, TensorInfo]) -> bytes:

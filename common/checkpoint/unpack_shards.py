@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.checkpoint.packing import in_order
+from common.checkpoint.partial import writing
 from common.checkpoint.shards import INDEX, SINGLE
 from common.checkpoint.source import Matrix
 from common.checkpoint.tensor_file import ELEMENT_BYTES, TensorInfo, data, header
@@ -68,7 +69,8 @@ class Shard:
         for name, info in self.tensors.items():
             offsets[name] = end
             end += info.size
-        with (directory / self.file_name).open("xb") as file:
+        path = directory / self.file_name
+        with writing(path), path.open("xb") as file:
             descriptor = file.fileno()
             _write_at(descriptor, memoryview(head), 0)
             jobs = (partial(_write_group, descriptor, group, offsets) for group in self.groups)
@@ -107,7 +109,7 @@ def write_index(directory: Path, shards: list[Shard]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """A small file, on disk when this returns."""
-    with path.open("x") as file:
+    with writing(path), path.open("x") as file:
         file.write(json.dumps(value, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from common.checkpoint.intact import intact
 from common.checkpoint.names import expert_names
-from common.checkpoint.partial import check_room, partial_directory
+from common.checkpoint.partial import check_room, partial_directory, writing
 from common.checkpoint.polar_config import POLAR_CONFIG
 from common.checkpoint.source import SYNTHETIC, Matrix, Stored, WeightSource
 from common.checkpoint.unpack_layouts import BF16, LAYOUTS, matrix_key, polar_entry
@@ -112,7 +112,7 @@ def _expert_keys(source: Unpackable) -> Iterator[ExpertKey]:
 def _carry(source: Unpackable, directory: Path) -> None:
     """Config, tokenizer and chat template."""
     for path in source.carried_files():
-        with (directory / path.name).open("xb") as file:
+        with writing(directory / path.name), (directory / path.name).open("xb") as file:
             file.write(_config(path, source.synthetic) if path.name == CONFIG else path.read_bytes())
             file.flush()
             os.fsync(file.fileno())

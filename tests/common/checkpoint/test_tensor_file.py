@@ -57,7 +57,7 @@ def test_a_file_that_shrinks_is_refused(path: Path, size: int) -> None:
     save_file(long, path)
     file = TensorFile(path)
     os.truncate(path, size)
-    with pytest.raises(CheckpointError, match=f"{path} changed while it was being read"):
+    with pytest.raises(CheckpointError, match=f"{path} changed while long was being read"):
         file.read("long")
 
 
@@ -65,14 +65,14 @@ def test_a_file_that_was_written_to_is_refused(path: Path) -> None:
     file = TensorFile(path)
     file.read("f32")
     os.utime(path, ns=(0, 0))
-    with pytest.raises(CheckpointError, match=f"{path} changed while it was being read"):
+    with pytest.raises(CheckpointError, match=f"{path} changed while f32 was being read"):
         file.read("f32")
 
 
 def test_a_file_that_is_gone_is_refused(path: Path) -> None:
     file = TensorFile(path)
     path.unlink()
-    with pytest.raises(CheckpointError, match=f"{path} changed while it was being read"):
+    with pytest.raises(CheckpointError, match=f"{path} changed while f32 was being read"):
         file.read("f32")
 
 

@@ -82,27 +82,29 @@ def touch(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
-def test_a_source_that_changes_while_it_is_read(model: Path, destination: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"{name} changed"):
+@pytest.mark.parametrize(("name", "read"), [(WEIGHTS, "backbone.embeddings.weight"), ("config.json", "it")])
+def test_a_source_that_changes_while_it_is_read(model: Path, destination: Path, name: str, read: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{name} changed while {read} was being read"):
         unpack(open_checkpoint(model), destination, "bf16", lambda *_: touch(model / name))
     assert_nothing_left(destination)
 
 
 def test_a_packed_source_that_changes_while_it_is_read(packed: Path, destination: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"{layer_file(0)} changed"):
+    with pytest.raises(CheckpointError, match=rf"{layer_file(0)} changed while records was being read"):
         unpack(open_checkpoint(packed), destination, "bf16", lambda *_: touch(packed / layer_file(0)))
     assert_nothing_left(destination)
 
 
-def test_disk_full_in_the_middle(pristine_packed: Path, destination: Path) -> None:
+@pytest.mark.parametrize(("share", "size", "name"), [(0, 100, "config.json"), (0.5, 70_000, WEIGHTS)])
+def test_disk_full(pristine_packed: Path, destination: Path, share: float, size: int, name: str) -> None:
+    """At the start and in the middle; the file that does not fit is named."""
     stack = ExitStack()
 
     def limit(done: int, total: int) -> None:
-        if done > total // 2:
-            stack.enter_context(file_size_limit(70_000))
+        if done >= share * total:
+            stack.enter_context(file_size_limit(size))
 
-    with stack, pytest.raises(Exhausted, match="no room on the disk"):
+    with stack, pytest.raises(Exhausted, match=f"no room on the disk for {name}$"):
         unpack(open_checkpoint(pristine_packed), destination, "bf16", limit)
     assert_nothing_left(destination)
 
