@@ -1,23 +1,26 @@
-"""Runs the benchmarks named, or all; prints a table and one JSON line."""
+"""Runs the benchmarks named, or all that need nothing; prints tables and one JSON line."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import codec
 import five_blocks
 import kernels
+import machine
 import records
 import round_trip
-import torch
 from measure import Comparison, Figure
 from rich.console import Console
 from rich.table import Table
 
-GROUPS = {
+GROUPS: dict[str, Callable[[], Iterator[Any]]] = {
     "records": records.benchmark,
+    "codec": codec.benchmark,
     "kernels": kernels.benchmark,
     "round-trip": round_trip.benchmark,
     "five-blocks": five_blocks.benchmark,
@@ -25,45 +28,56 @@ GROUPS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("groups", nargs="*", help=f"any of: {', '.join(GROUPS)} (default: all)")
-    chosen = parser.parse_args().groups or list(GROUPS)
-    unknown = set(chosen) - GROUPS.keys()
-    if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    options = _options()
+    chosen = options.groups or list(GROUPS)
     results = [result for group in chosen for result in GROUPS[group]()]
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    comparisons = [result for result in results if isinstance(result, Comparison)]
-    figures = [result for result in results if isinstance(result, Figure)]
-    for table in [_table(comparisons)] * bool(comparisons) + [_figures(figures)] * bool(figures):
-        console.print(table)
-    machine = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cores": torch.get_num_threads(),
-    }
-    print(json.dumps({"machine": machine, "results": [result.as_dict() for result in results]}))
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    tables = ((Comparison, _comparisons), (Figure, _figures))
+    for kind, table in tables:
+        if some := [result for result in results if isinstance(result, kind)]:
+            console.print(table(some))
+    described = {"machine": machine.describe(), "arguments": sys.argv[1:]}
+    print(json.dumps({**described, "results": [result.as_dict() for result in results]}))
 
 
-def _table(results: list[Comparison]) -> Table:
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = ", ".join(GROUPS)
+    parser.add_argument("groups", nargs="*", help=f"any of: {names} (default: all)")
+    options = parser.parse_args()
+    if unknown := set(options.groups) - set(GROUPS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {names}")
+    return options
+
+
+def _comparisons(results: Sequence[Comparison]) -> Table:
     table = Table(title="ours against theirs, medians of paired runs; above 1: ours is faster")
     for column in ("what", "ours", "", "theirs", "", "ratio", "spread", "goal"):
         table.add_column(column)
     for r in results:
         table.add_row(
             r.what, r.ours, f"{r.our_rate:.4g} {r.unit}", r.theirs, f"{r.their_rate:.4g} {r.unit}",
-            f"{r.ratio:.2f}", f"{r.lowest:.2f} to {r.highest:.2f}",
-            f">= {r.goal:.2f}: {'met' if r.met else 'missed'}",
+            f"{r.ratio:.2f}", f"{r.lowest:.2f} to {r.highest:.2f}", _verdict(r.met, r.at_least, None),
         )  # fmt: skip
     return table
 
 
-def _figures(figures: list[Figure]) -> Table:
-    table = Table(title="and what was measured beside", show_header=False)
-    for figure in figures:
-        table.add_row(figure.what, f"{figure.value:.3g} {figure.unit}")
+def _figures(figures: Sequence[Figure]) -> Table:
+    table = Table(title="and what stands alone")
+    for column in ("what", "measured", "spread", "goal"):
+        table.add_column(column)
+    for f in figures:
+        spread = "" if f.lowest is None else f"{f.lowest:.3g} to {f.highest:.3g}"
+        table.add_row(f.what, f"{f.value:.3g} {f.unit}", spread, _verdict(f.met, f.at_least, f.at_most))
     return table
 
 
+def _verdict(met: bool | None, at_least: float | None, at_most: float | None) -> str:
+    if met is None:
+        return ""
+    bound = f">= {at_least:.3g}" if at_least is not None else f"<= {at_most:.3g}"
+    return f"{bound}: {'met' if met else 'missed'}"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.hlwq.hadamard import hadamard_matrix
 from common.hlwq.planes import BLOCK
 
-_BLOCKS_AT_ONCE = 4096  # 32 levels of these are 64 MB
+_DISTANCES_AT_ONCE = 1 << 24  # 64 MB
 _ROWS_AT_ONCE = 256
 
 
@@ -25,7 +25,7 @@ def quantize(weight: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     rotated = (blocks / norms) @ hadamard_matrix() * math.sqrt(BLOCK)
     pieces = [
         (piece[:, :, None] - codebook).abs().argmin(-1).to(torch.uint8)
-        for piece in rotated.split(_BLOCKS_AT_ONCE)
+        for piece in rotated.split(_DISTANCES_AT_ONCE // (BLOCK * codebook.numel()))
     ]
     return torch.cat(pieces), norms.half()
 
@@ -36,16 +36,22 @@ def pack_q5(codes: Tensor) -> Tensor:
     return ((words[:, :, None] >> (8 * torch.arange(5))) & 255).to(torch.uint8).flatten(1)
 
 
-def decode_q5(packed: Tensor, norms: Tensor, codebook: Tensor) -> Tensor:
-    """The way back to bfloat16: packed (rows, columns * 5 / 8), norms (rows, blocks) float16."""
-    matrix, scaled = hadamard_matrix(), codebook / math.sqrt(BLOCK)
+def decode_q5(packed: Tensor, norms: Tensor, scaled: Tensor) -> Tensor:
+    """The way back to bfloat16: packed (rows, columns * 5 / 8), norms (rows, blocks) float16.
+
+    `scaled` is the codebook over sqrt(128), float32 (32,), as the layout stores it.
+    """
     chunks = []
     for start in range(0, packed.shape[0], _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         bytes_ = packed[rows].view(packed[rows].shape[0], -1, 5).long()
         words = (bytes_ << (8 * torch.arange(5))).sum(-1)
         codes = ((words[:, :, None] >> (5 * torch.arange(8))) & 31).flatten(1)
-        levels = scaled[codes].view(-1, BLOCK) @ matrix
-        weights = levels.view(codes.shape[0], -1, BLOCK) * norms[rows].float()[:, :, None]
-        chunks.append(weights.flatten(1).bfloat16())
+        weights = dequantize(codes.view(-1, BLOCK), norms[rows].view(-1, 1), scaled)
+        chunks.append(weights.view(codes.shape).bfloat16())
     return torch.cat(chunks)
+
+
+def dequantize(codes: Tensor, norms: Tensor, scaled: Tensor) -> Tensor:
+    """Codes (blocks, 128), norms (blocks, 1) and the codebook over sqrt(128) -> float32 (blocks, 128)."""
+    return scaled[codes.long()] @ hadamard_matrix() * norms.float()
