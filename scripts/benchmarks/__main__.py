@@ -11,6 +11,7 @@ from typing import Any
 import codec
 import five_blocks
 import kernels
+import loading
 import machine
 import records
 import round_trip
@@ -20,6 +21,7 @@ from rich.table import Table
 
 GROUPS: dict[str, Callable[[], Iterator[Any]]] = {
     "records": records.benchmark,
+    "loading": loading.benchmark,
     "codec": codec.benchmark,
     "kernels": kernels.benchmark,
     "round-trip": round_trip.benchmark,

@@ -1,4 +1,4 @@
-"""Records on their way: disk to frame (staging, loading) and frame to slot (fetching)."""
+"""Records on their way in memory: page cache to frame (staging) and frame to slot (fetching)."""
 
 from __future__ import annotations
 
@@ -7,37 +7,49 @@ import ctypes
 from collections.abc import Iterator
 
 import torch
-from checkpoint import EXPERTS, packed_checkpoint
 from measure import Comparison, compare
+from synthetic import marked, synthetic_checkpoint
 
 from common.arena import ArenaShape, MappedArena, OwnedArena
 from common.checkpoint import PackedCheckpoint
 from common.expert_key import ExpertKey
 from expert_store.frames import FrameTable
-from expert_store.staging import PRELOAD_BYTES, Stager
+from expert_store.staging import Stager
 from gpu_worker.slots.fetch import read_ready
 
+EXPERTS = 48  # 312 MB of records
 KEYS = [ExpertKey(0, expert) for expert in range(EXPERTS)]
 
 
 def benchmark() -> Iterator[Comparison]:
-    """Fetching, staging and loading, with the files in the page cache."""
-    with packed_checkpoint() as checkpoint:
-        amount = EXPERTS * checkpoint.layout.stride / 1e9
-        yield _fetching(checkpoint, amount)
-        yield _staging(checkpoint, amount)
-        yield _loading(checkpoint, amount)
+    """Against memcpy of the same records; the files are in the page cache."""
+    with synthetic_checkpoint("E", experts=EXPERTS, vocab=512) as checkpoint:
+        yield _fetching(checkpoint)
+        yield _staging(checkpoint)
 
 
-def _fetching(checkpoint: PackedCheckpoint, amount: float) -> Comparison:
+def new_arena(checkpoint: PackedCheckpoint) -> OwnedArena:
+    """With a frame for every expert."""
+    config, layout = checkpoint.config, checkpoint.layout
+    sizes = config.num_layers, config.n_routed_experts, checkpoint.num_experts, layout.stride
+    return OwnedArena(ArenaShape(layout.digest, *sizes))
+
+
+async def preload(checkpoint: PackedCheckpoint, arena: OwnedArena) -> None:
+    """Fill the arena as a starting store does."""
+    stager = Stager(checkpoint, FrameTable(arena))
+    await stager.preload()
+    stager.close()
+
+
+def _fetching(checkpoint: PackedCheckpoint) -> Comparison:
     """The arena read as the worker does it, into slots, against memcpy between the same two places."""
     stride = checkpoint.layout.stride
-    arena = _arena(checkpoint)
+    arena = new_arena(checkpoint)
     try:
-        asyncio.run(_preload(checkpoint, arena))
+        asyncio.run(preload(checkpoint, arena))
         mapped = MappedArena(arena.path, checkpoint.layout.digest)
         pool = torch.empty(EXPERTS, stride, dtype=torch.uint8)
-
         wanted = [(key, pool[slot]) for slot, key in enumerate(KEYS)]
 
         def fetch() -> None:
@@ -47,61 +59,31 @@ def _fetching(checkpoint: PackedCheckpoint, amount: float) -> Comparison:
             for (_, slot), frame in zip(wanted, mapped.frames, strict=True):
                 ctypes.memmove(slot.data_ptr(), frame.data_ptr(), stride)
 
-        names = ("read_ready, a wave of records", "memmove, record by record")
-        return compare("fetching", (names[0], fetch), (names[1], copy), amount, "GB/s", 0.8)
+        sides = ("read_ready, a wave of records", fetch), ("memmove, record by record", copy)
+        return compare(marked("fetching", checkpoint), *sides, checkpoint.routed_bytes / 1e9, "GB/s", 0.8)
     finally:
         arena.close()
 
 
-def _staging(checkpoint: PackedCheckpoint, amount: float) -> Comparison:
+def _staging(checkpoint: PackedCheckpoint) -> Comparison:
     """Demands for every record, into frames that have been used before, against memcpy of as many bytes."""
     source = torch.zeros(EXPERTS, checkpoint.layout.stride, dtype=torch.uint8)
-    arena = _arena(checkpoint)
+    arena = new_arena(checkpoint)
     arena.commit(list(range(EXPERTS)))
+
+    def stage() -> None:
+        asyncio.run(_demand(checkpoint, arena))
 
     def copy() -> None:
         for frame, record in zip(arena.frames, source, strict=True):
             ctypes.memmove(frame.data_ptr(), record.data_ptr(), record.numel())
 
     try:
-        names = ("Stager.demand for each record", "memmove, record by record")
-        stage = lambda: asyncio.run(_demand(checkpoint, arena))  # noqa: E731
-        return compare("staging", (names[0], stage), (names[1], copy), amount, "GB/s", 0.8)
+        sides = ("Stager.demand for each record", stage), ("memmove, record by record", copy)
+        what = marked("staging from the page cache", checkpoint)
+        return compare(what, *sides, checkpoint.routed_bytes / 1e9, "GB/s", 0.8)
     finally:
         arena.close()
-
-
-def _loading(checkpoint: PackedCheckpoint, amount: float) -> Comparison:
-    """A new arena, filled and page-locked, against reading the same file into new memory."""
-    path, offset = checkpoint.records_file(0)
-    size = EXPERTS * checkpoint.layout.stride
-
-    def load() -> None:
-        arena = _arena(checkpoint)
-        asyncio.run(_preload(checkpoint, arena))
-        arena.close()
-
-    def read() -> None:
-        buffer = memoryview(bytearray(size))
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            done = 0
-            while done < size:
-                done += file.readinto(buffer[done : done + PRELOAD_BYTES])
-
-    names = ("Stager.preload into a new arena", "read() into a new buffer")
-    return compare("loading", (names[0], load), (names[1], read), amount, "GB/s", 0.8)
-
-
-def _arena(checkpoint: PackedCheckpoint) -> OwnedArena:
-    shape = ArenaShape(checkpoint.layout.digest, 1, EXPERTS, EXPERTS, checkpoint.layout.stride)
-    return OwnedArena(shape)
-
-
-async def _preload(checkpoint: PackedCheckpoint, arena: OwnedArena) -> None:
-    stager = Stager(checkpoint, FrameTable(arena))
-    await stager.preload()
-    stager.close()
 
 
 async def _demand(checkpoint: PackedCheckpoint, arena: OwnedArena) -> None:
