@@ -146,9 +146,9 @@ def packed_demo(
 def logprobs(checkpoint: PackedCheckpoint, texts: dict[str, Path], runtime: Path) -> dict[str, Tensor]:
     """Of every token after the first of both texts that are measured on, by the worker."""
     found = {}
-    with served(checkpoint.directory, runtime) as (client, _):
+    with served(checkpoint.directory, runtime) as pair:
         for kind in (TESTS, LIBRARY):
-            pieces = client.score(texts[kind].read_text(), WINDOW, WINDOW)
+            pieces = pair.client.score(texts[kind].read_text(), WINDOW, WINDOW)
             found[kind] = torch.tensor([value for event in pieces for value in event.piece.logprobs])
     return found
 
