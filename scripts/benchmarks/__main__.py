@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import codec
+import errors
 import five_blocks
 import kernels
 import loading
@@ -22,6 +23,7 @@ from rich.table import Table
 GROUPS: dict[str, Callable[[], Iterator[Any]]] = {
     "records": records.benchmark,
     "loading": loading.benchmark,
+    "errors": errors.benchmark,
     "codec": codec.benchmark,
     "kernels": kernels.benchmark,
     "round-trip": round_trip.benchmark,
@@ -34,7 +36,7 @@ def main() -> None:
     chosen = options.groups or list(GROUPS)
     results = [result for group in chosen for result in GROUPS[group]()]
     console = Console(width=None if sys.stdout.isatty() else 180)
-    tables = ((Comparison, _comparisons), (Figure, _figures))
+    tables = ((Comparison, _comparisons), (Figure, _figures), (errors.PackingError, errors.table))
     for kind, table in tables:
         if some := [result for result in results if isinstance(result, kind)]:
             console.print(table(some))
