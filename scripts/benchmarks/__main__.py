@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import codec
 import errors
 import five_blocks
+import full
 import kernels
 import loading
 import machine
@@ -19,6 +21,8 @@ import round_trip
 from measure import Comparison, Figure
 from rich.console import Console
 from rich.table import Table
+
+from common.errors import ServingError
 
 GROUPS: dict[str, Callable[[], Iterator[Any]]] = {
     "records": records.benchmark,
@@ -29,12 +33,17 @@ GROUPS: dict[str, Callable[[], Iterator[Any]]] = {
     "round-trip": round_trip.benchmark,
     "five-blocks": five_blocks.benchmark,
 }
+FULL = "full"
 
 
 def main() -> None:
     options = _options()
     chosen = options.groups or list(GROUPS)
-    results = [result for group in chosen for result in GROUPS[group]()]
+    groups = {**GROUPS, FULL: lambda: full.benchmark(_full(options))}
+    try:
+        results = [result for group in chosen for result in groups[group]()]
+    except ServingError as error:  # such as a checkpoint that is none
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
     console = Console(width=None if sys.stdout.isatty() else 180)
     tables = ((Comparison, _comparisons), (Figure, _figures), (errors.PackingError, errors.table))
     for kind, table in tables:
@@ -46,12 +55,28 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ", ".join(GROUPS)
-    parser.add_argument("groups", nargs="*", help=f"any of: {names} (default: all)")
+    names = ", ".join((*GROUPS, FULL))
+    parser.add_argument("groups", nargs="*", help=f"any of: {names} (default: all but {FULL})")
+    whole = parser.add_argument_group(FULL, "a checkpoint that is there, larger than the store's memory")
+    whole.add_argument("--checkpoint", type=Path, help="a packed directory")
+    whole.add_argument("--ram", default="8GB", help="the store's memory for experts (default: 8GB)")
+    whole.add_argument("--dense-bits", type=int, help="as of gpu-worker start")
+    whole.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (default: 32)")
+    whole.add_argument("--new", type=int, default=64, help="tokens to generate (default: 64)")
+    whole.add_argument("--runs", type=int, default=5, help="generations after a first one (default: 5)")
     options = parser.parse_args()
-    if unknown := set(options.groups) - set(GROUPS):
+    if unknown := set(options.groups) - {*GROUPS, FULL}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {names}")
+    if (FULL in options.groups) != (options.checkpoint is not None):
+        parser.error(f"{FULL} and --checkpoint DIR go together")
+    if options.prompt < 1 or options.new < 2 or options.runs < 1:
+        parser.error("at least --prompt 1, --new 2 and --runs 1")
     return options
+
+
+def _full(options: argparse.Namespace) -> full.Options:
+    named = {name: value for name, value in vars(options).items() if name != "groups"}
+    return full.Options(**named)
 
 
 def _comparisons(results: Sequence[Comparison]) -> Table:
