@@ -17,6 +17,7 @@ from common.checkpoint.calibration import Calibration
 from common.checkpoint.checksum import ChecksummedFile
 from common.checkpoint.packed import dense_layouts, packed_name
 from common.checkpoint.packing import (
+    Quantization,
     in_order,
     memory_of_rows,
     pack_rows,
@@ -40,9 +41,12 @@ Count = Callable[[int], None]
 class DenseFile:
     """The file that `plan` makes of a source's dense weights, from its headers alone."""
 
-    def __init__(self, source: WeightSource, plan: BitPlan, calibration: Calibration | None = None) -> None:
+    def __init__(
+        self, source: WeightSource, plan: BitPlan, calibration: Calibration | None, codebook: str
+    ) -> None:
         self._source = source
         self._calibration = calibration
+        self._codebook = codebook
         self._layouts = dense_layouts(source.config, plan.dense)
         infos = {name: self._info(name) for name in source.dense_stored}
         # Wide elements first: so all stay aligned.
@@ -78,7 +82,8 @@ class DenseFile:
             feedback = None
             if self._calibration is not None and quantizes(matrix, layout.bits):
                 feedback = error_feedback(self._calibration.dense(name))
-            file.write(data(_packed_run(matrix, layout, packed_size, feedback, size, count)))
+            quantization = Quantization(self._codebook, feedback)
+            file.write(data(_packed_run(matrix, layout, packed_size, quantization, size, count)))
             return
         if isinstance(matrix, PackedMatrix):
             for rows in row_slices(matrix):
@@ -91,13 +96,19 @@ class DenseFile:
 
 
 def _packed_run(
-    matrix: Matrix, layout: MatrixLayout, packed_size: int, feedback: Tensor | None, size: int, count: Count
+    matrix: Matrix,
+    layout: MatrixLayout,
+    packed_size: int,
+    quantization: Quantization,
+    size: int,
+    count: Count,
 ) -> Tensor:
     """The packed bytes of a matrix, made by several threads; `count` is told shares of `size`."""
     run = torch.zeros(packed_size, dtype=torch.uint8)
-    slices = row_slices(matrix, feedback is not None)
-    jobs = (partial(pack_rows, matrix, layout, run, feedback, rows) for rows in slices)
-    with closing(in_order(jobs, memory_of_rows(feedback is not None))) as pieces:
+    calibrated = quantization.feedback is not None
+    slices = row_slices(matrix, calibrated)
+    jobs = (partial(pack_rows, matrix, layout, run, quantization, rows) for rows in slices)
+    with closing(in_order(jobs, memory_of_rows(calibrated))) as pieces:
         for done, _ in enumerate(pieces):
             count(size * (done + 1) // len(slices) - size * done // len(slices))
     return run

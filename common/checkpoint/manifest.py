@@ -30,7 +30,7 @@ class Manifest:
     layout: str  # RecordLayouts.digest
     layers: int
     experts: int  # in each layer
-    codebook: str  # where codebooks come from: "converged", "source" (carried over), "mixed", "none"
+    codebook: str  # of the codes: "converged" or "published"; or "source" (carried over), "mixed", "none"
     source: dict[str, str]
     files: dict[str, FileEntry]
     synthetic: bool = False  # random weights in a real shape, for benchmarks

@@ -24,13 +24,12 @@ from common.checkpoint.dense_file import DenseFile
 from common.checkpoint.intact import intact
 from common.checkpoint.manifest import MANIFEST, VERSION, Manifest
 from common.checkpoint.packed import DENSE, RECORDS, PackedCheckpoint, layer_file
-from common.checkpoint.packing import packed_records
-from common.checkpoint.plan import BitPlan
+from common.checkpoint.packing import CONVERGED, packed_records
+from common.checkpoint.plan import BitPlan, kept_codes
 from common.checkpoint.resumable import ResumableDirectory, resumable_directory
 from common.checkpoint.source import WeightSource
 from common.checkpoint.tensor_file import TensorInfo, data, header
 from common.expert_key import ExpertKey
-from common.hlwq.planes import RAW_BITS
 from common.record import RecordLayouts, record_layouts
 
 Progress = Callable[[int, int], None]
@@ -44,33 +43,36 @@ def pack(
     name: str | None = None,
     details: Mapping[str, str] | None = None,
     calibration: Calibration | None = None,
+    codebook: str = CONVERGED,
 ) -> PackedCheckpoint:
     """Pack `source` into `destination`, which must not exist; `progress` gets its bytes, done and in all.
 
     `name` says in the manifest what was packed, the source directory's name by default, and `details` what
-    else is worth knowing of it. With a calibration, weights are rounded for the inputs that it tells of.
+    else is worth knowing of it. With a calibration, weights are rounded for the inputs that it tells of; what
+    is quantized anew is by `codebook`, one of CODEBOOKS.
     Raises ConfigError (bits) or CheckpointError (weights that are not finite, a source that changes or
     differs from its checksums, the destination), and then leaves nothing behind; Exhausted (the disk is
     full), and then keeps what is finished for the next run.
     """
     layouts = record_layouts(source.config, plan.experts)
     identity = source.identity
-    dense = DenseFile(source, plan, calibration)
+    dense = DenseFile(source, plan, calibration, codebook)
     sizes = {path.name: path.stat().st_size for path in source.carried_files()} | {DENSE: dense.size}
     head = header({RECORDS: TensorInfo("U8", (source.config.n_routed_experts, layouts.stride))})
     for layer in range(source.config.num_layers):
         sizes[layer_file(layer)] = len(head) + source.config.n_routed_experts * layouts.stride
-    key = _key(identity, layouts, plan, calibration)
+    key = _key(identity, layouts, plan, calibration, codebook)
+    make = partial(packed_records, source, layouts, calibration, codebook)
     with intact(source) as check_intact, resumable_directory(destination, key, sizes) as directory:
         done = _Done(source, progress, directory.finished)
         for path in source.carried_files():
             directory.write(path.name, partial(_copy, path))
         directory.write(DENSE, partial(dense.write, done.count_dense))
-        _write_layers(directory, source, partial(packed_records, source, layouts, calibration), head, done)
+        _write_layers(directory, source, make, head, done)
         check_intact()
         files = {name: directory.finished[name] for name in sizes}
         described = {"name": name or source.directory.resolve().name, **(details or {})}
-        manifest = _manifest(source, layouts, plan, files, described)
+        manifest = _manifest(source, layouts, plan, codebook, files, described)
         with ChecksummedFile(directory.path / MANIFEST) as file:
             file.write(manifest.to_json().encode())
     return PackedCheckpoint.open(destination)
@@ -131,11 +133,13 @@ def _copy(path: Path, file: ChecksummedFile) -> None:
     file.write(path.read_bytes())
 
 
-def _key(identity: str, layouts: RecordLayouts, plan: BitPlan, calibration: Calibration | None) -> str:
+def _key(
+    identity: str, layouts: RecordLayouts, plan: BitPlan, calibration: Calibration | None, codebook: str
+) -> str:
     """Whatever decides the bytes of the files: runs of one key can share them."""
     versions = [VERSION, importlib.metadata.version("expert-serving")]
     inputs = calibration and calibration.identity
-    decisive = [*versions, identity, layouts.digest, sorted(plan.dense.items()), inputs]
+    decisive = [*versions, identity, layouts.digest, sorted(plan.dense.items()), inputs, codebook]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
@@ -143,6 +147,7 @@ def _manifest(
     source: WeightSource,
     layouts: RecordLayouts,
     plan: BitPlan,
+    codebook: str,
     files: dict[str, FileEntry],
     described: dict[str, str],
 ) -> Manifest:
@@ -153,18 +158,14 @@ def _manifest(
         layout=layouts.digest,
         layers=source.config.num_layers,
         experts=source.config.n_routed_experts,
-        codebook=_codebook_origin(source, plan),
+        codebook=_codebook_origin(source, plan, codebook),
         source=described | {"identity": source.identity},
         files=files,
         synthetic=source.synthetic,
     )
 
 
-def _codebook_origin(source: WeightSource, plan: BitPlan) -> str:
+def _codebook_origin(source: WeightSource, plan: BitPlan, codebook: str) -> str:
     """Whether codes were made here, carried over, both or neither."""
-    stored = source.dense_stored
-    pairs = [(bits, stored[name].bits) for name, bits in plan.dense.items()]
-    for bits, before in zip(plan.experts, source.expert_bits, strict=True):
-        pairs += zip(bits, before or (None, None), strict=True)
-    kept = {bits == before for bits, before in pairs if bits != RAW_BITS}
-    return {(): "none", (False,): "converged", (True,): "source"}.get(tuple(kept), "mixed")
+    kept = tuple(kept_codes(source, plan))
+    return {(): "none", (False,): codebook, (True,): "source"}.get(kept, "mixed")

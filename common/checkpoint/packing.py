@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,17 @@ from common.checkpoint.source import Matrix, WeightSource
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
 from common.hlwq.calibrated import error_feedback, feedback_memory, pack_calibrated
-from common.hlwq.codebook import packing_codebook
+from common.hlwq.codebook import packing_codebook, published_codebook
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import RAW_BITS
 from common.hlwq.quantize import pack_matrix
 from common.record import MatrixLayout, RecordLayouts
 
 T = TypeVar("T")
+
+# Codebooks to quantize with, by name: the best there is, and the one that layouts without a codebook imply.
+CONVERGED, PUBLISHED = "converged", "published"
+CODEBOOKS = {CONVERGED: packing_codebook, PUBLISHED: published_codebook}
 
 _WEIGHTS_AT_ONCE = 1 << 20
 _CALIBRATED_AT_ONCE = 1 << 22  # more, because columns are rounded one by one whatever their length
@@ -38,18 +42,28 @@ _MEMORY_OF_ROWS = 48 * _WEIGHTS_AT_ONCE  # of quantizing so many weights in PyTo
 _MEMORY_OF_CALIBRATED_ROWS = 28 * _CALIBRATED_AT_ONCE
 
 
-def packed(matrix: Matrix, bits: int, feedback: Tensor | None = None) -> PackedMatrix:
-    """`matrix` at `bits`: as it is when it has them already, else decoded if need be, and quantized anew.
+class Quantization(NamedTuple):
+    """How one matrix is quantized: by one of CODEBOOKS, and for its inputs if their `feedback` is given."""
 
-    With `feedback`, that of its inputs, it is quantized for these.
-    """
+    codebook: str = CONVERGED
+    feedback: Tensor | None = None
+
+
+_DEFAULT = Quantization()
+
+
+def packed(matrix: Matrix, bits: int, quantization: Quantization = _DEFAULT) -> PackedMatrix:
+    """`matrix` at `bits`: as it is when it has them already, else decoded if need be, and quantized anew."""
     if isinstance(matrix, PackedMatrix):
         if matrix.bits == bits:
             return matrix
         matrix = matrix.decode(torch.bfloat16 if bits == RAW_BITS else torch.float32)
-    if feedback is not None:
-        return pack_calibrated(matrix, bits, packing_codebook(bits), feedback)
-    return pack_matrix(matrix, bits, None if bits == RAW_BITS else packing_codebook(bits), fit_norms=True)
+    if bits == RAW_BITS:
+        return pack_matrix(matrix, bits, None)
+    codebook = CODEBOOKS[quantization.codebook](bits)
+    if quantization.feedback is not None:
+        return pack_calibrated(matrix, bits, codebook, quantization.feedback)
+    return pack_matrix(matrix, bits, codebook, fit_norms=True)
 
 
 def quantizes(matrix: Matrix, bits: int) -> bool:
@@ -75,10 +89,10 @@ def rows_of(matrix: Matrix, rows: slice) -> Matrix:
 
 
 def pack_rows(
-    matrix: Matrix, layout: MatrixLayout, record: Tensor, feedback: Tensor | None, rows: slice
+    matrix: Matrix, layout: MatrixLayout, record: Tensor, quantization: Quantization, rows: slice
 ) -> None:
     """Pack some rows of `matrix` into their places in `record`."""
-    layout.store(packed(rows_of(matrix, rows), layout.bits, feedback), record, rows)
+    layout.store(packed(rows_of(matrix, rows), layout.bits, quantization), record, rows)
 
 
 def memory_of_rows(calibrated: bool) -> int:
@@ -90,6 +104,7 @@ def packed_records(
     source: WeightSource,
     layouts: RecordLayouts,
     calibration: Calibration | None,
+    codebook: str,
     keys: Sequence[ExpertKey],
 ) -> Generator[Tensor, None, None]:
     """The records of `keys`, uint8 (stride,), in their order; see `in_order`."""
@@ -99,7 +114,7 @@ def packed_records(
     if calibration is not None:
         columns = max(source.config.hidden_size, source.config.moe_intermediate_size)
         each += feedback_memory(columns) + memory_of_rows(True)
-    return in_order((partial(_record, source, layouts, calibration, key) for key in keys), each)
+    return in_order((partial(_record, source, layouts, calibration, codebook, key) for key in keys), each)
 
 
 def in_order(jobs: Iterable[Callable[[], T]], each: int = _MEMORY_OF_ROWS) -> Generator[T, None, None]:
@@ -126,7 +141,11 @@ def in_order(jobs: Iterable[Callable[[], T]], each: int = _MEMORY_OF_ROWS) -> Ge
 
 
 def _record(
-    source: WeightSource, layouts: RecordLayouts, calibration: Calibration | None, key: ExpertKey
+    source: WeightSource,
+    layouts: RecordLayouts,
+    calibration: Calibration | None,
+    codebook: str,
+    key: ExpertKey,
 ) -> Tensor:
     record = torch.zeros(layouts.stride, dtype=torch.uint8)  # zero between sections, so always the same bytes
     matrices, layout = source.expert(key), layouts[key.layer].matrices
@@ -135,7 +154,7 @@ def _record(
     for place, matrix, name, feedback in parts:
         try:
             for rows in row_slices(matrix, feedback is not None):
-                pack_rows(matrix, place, record, feedback, rows)
+                pack_rows(matrix, place, record, Quantization(codebook, feedback), rows)
         except CheckpointError as error:
             raise CheckpointError(f"{source.directory}: {name}: {error}") from None
     return record

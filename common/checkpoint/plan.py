@@ -65,6 +65,15 @@ def make_plan(
     return BitPlan(experts, dense)
 
 
+def kept_codes(source: WeightSource, plan: BitPlan) -> set[bool]:
+    """For all matrices that are codes by `plan`, whether they keep the codes that `source` has of them."""
+    stored = source.dense_stored
+    pairs = [(bits, stored[name].bits) for name, bits in plan.dense.items()]
+    for bits, before in zip(plan.experts, source.expert_bits, strict=True):
+        pairs += zip(bits, before or (None, None), strict=True)
+    return {bits == before for bits, before in pairs if bits != RAW_BITS}
+
+
 def read_recipe(path: Path) -> dict[str, int]:
     """A recipe file: one JSON object, patterns to bits. Raises ConfigError."""
     try:

@@ -132,7 +132,7 @@ def _most_significant_first(matrix: Matrix) -> Iterator[Tensor]:
     if not torch.equal(matrix.codebook, published_codebook(matrix.bits)):
         raise ConfigError(
             f"has a codebook of its own, and {HLWQ_Q5} carries none and implies the published one: "
-            f"choose {POLAR_ENGINE_V5}, which carries it"
+            f"choose {POLAR_ENGINE_V5}, which carries it, or pack the original with --codebook published"
         )
     return (_five_bits(rows.codes(), True) for rows in _some_rows_at_a_time(matrix))
 

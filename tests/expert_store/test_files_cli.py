@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from common.checkpoint import PackedCheckpoint
 from common.checkpoint.packed import layer_file
-from common.errors import CheckpointError
+from common.checkpoint.packing import CODEBOOKS
+from common.errors import CheckpointError, ConfigError
 from common.record import ExpertBits
 from expert_store import files_cli
+from tests.helpers.models import unpack_model
 
 app = typer.Typer()
 files_cli.register(app)
@@ -74,10 +76,30 @@ def test_repacking_carries_codes_over(pristine_packed: Path, tmp_path: Path) -> 
         assert (before.directory / name).read_bytes() == (after.directory / name).read_bytes()
 
 
+def test_the_command_line_names_all_codebooks() -> None:
+    assert [codebook.value for codebook in files_cli.Codebook] == list(CODEBOOKS)
+
+
+def test_a_pack_under_the_published_codebook(pristine: Path, tmp_path: Path) -> None:
+    run("pack", pristine, tmp_path / "packed", "--codebook", "published")
+    assert json.loads(run("inspect", tmp_path / "packed", "--json"))["codebook"] == "published"
+    unpack_model(tmp_path / "packed", tmp_path / "plain", "hlwq-q5")
+
+
+def test_a_codebook_that_no_matrix_would_get(pristine_packed: Path, tmp_path: Path) -> None:
+    """Codes are carried over with theirs: whoever asks for another one must not be left to find out."""
+    for bits in ("5", "16"):
+        with pytest.raises(ConfigError, match="nothing to choose a codebook for"):
+            run("pack", pristine_packed, tmp_path / "again", "--bits", bits, "--codebook", "published")
+    run("pack", pristine_packed, tmp_path / "again", "--dense-bits", "8", "--codebook", "published")
+    assert PackedCheckpoint.open(tmp_path / "again").manifest.codebook == "mixed"
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["pack", ".", "x", "--bits", "7"],
+        ["pack", ".", "x", "--codebook", "best"],
         ["pack", "."],
         ["inspect", "/no/such/directory"],
         ["verify"],

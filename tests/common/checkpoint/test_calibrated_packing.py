@@ -9,10 +9,10 @@ from torch import Tensor
 
 from common.checkpoint import PackedCheckpoint, open_checkpoint
 from common.checkpoint.packed_writer import pack
+from common.checkpoint.packing import CODEBOOKS, CONVERGED
 from common.checkpoint.plan import make_plan
 from common.expert_key import ExpertKey
 from common.hlwq.calibrated import Moment, error_feedback, pack_calibrated
-from common.hlwq.codebook import packing_codebook
 from common.hlwq.matrix import PackedMatrix
 
 
@@ -39,21 +39,31 @@ class RandomInputs:
         return Moment.of(torch.randn(60, columns, generator=generator) @ mixing.T)
 
 
-def packed(source: Path, destination: Path, recipe: dict[str, int], inputs: RandomInputs) -> PackedCheckpoint:
+def packed(
+    source: Path,
+    destination: Path,
+    recipe: dict[str, int],
+    inputs: RandomInputs,
+    codebook: str = CONVERGED,
+) -> PackedCheckpoint:
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, recipe=recipe)
-    return pack(checkpoint, destination, plan, lambda done, total: None, calibration=inputs)
+    return pack(
+        checkpoint, destination, plan, lambda done, total: None, calibration=inputs, codebook=codebook
+    )
 
 
-def assert_same(found: object, weight: Tensor, bits: int, moment: Moment) -> None:
+def assert_same(found: object, weight: Tensor, bits: int, moment: Moment, codebook: str) -> None:
     feedback = error_feedback(moment)
     assert isinstance(found, PackedMatrix) and feedback is not None
-    expected = pack_calibrated(weight, bits, packing_codebook(bits), feedback)
+    expected = pack_calibrated(weight, bits, CODEBOOKS[codebook](bits), feedback)
+    assert found.codebook is not None and torch.equal(found.codebook, CODEBOOKS[codebook](bits))
     assert found.bits == bits and torch.equal(found.codes(), expected.codes())
     assert found.norms is not None and torch.equal(found.norms, expected.norms)
 
 
-def test_every_matrix_is_rounded_for_its_own_inputs(pristine: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_every_matrix_is_rounded_for_its_own_inputs(pristine: Path, tmp_path: Path, codebook: str) -> None:
     inputs, source = RandomInputs(), open_checkpoint(pristine)
     recipe = {
         "*.experts.*.up_proj": 3,
@@ -61,16 +71,16 @@ def test_every_matrix_is_rounded_for_its_own_inputs(pristine: Path, tmp_path: Pa
         "lm_head": 5,
         "*.layers.0.mixer.in_proj": 6,
     }
-    checkpoint = packed(pristine, tmp_path / "packed", recipe, inputs)
+    checkpoint = packed(pristine, tmp_path / "packed", recipe, inputs, codebook)
     for key in (ExpertKey(0, 0), ExpertKey(1, 7)):
         moments, weights = inputs.expert(key, source.expert(key)[0]), source.expert(key)
         for found, weight, bits, moment in zip(checkpoint.expert(key), weights, (3, 4), moments, strict=True):
             assert isinstance(weight, Tensor)
-            assert_same(found, weight, bits, moment)
+            assert_same(found, weight, bits, moment, codebook)
     for name, bits in {"lm_head.weight": 5, "backbone.layers.0.mixer.in_proj.weight": 6}.items():
         weight = source.dense_matrix(name)
         assert isinstance(weight, Tensor)
-        assert_same(checkpoint.dense_matrix(name), weight, bits, inputs.moment(name, 128))
+        assert_same(checkpoint.dense_matrix(name), weight, bits, inputs.moment(name, 128), codebook)
 
 
 def test_asks_for_nothing_that_is_not_quantized(

@@ -74,7 +74,9 @@ def test_torch_gets_its_threads_back(pristine: Path, records: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with closing(packing.packed_records(source, five_bits(source), None, KEYS)) as made:
+        with closing(
+            packing.packed_records(source, five_bits(source), None, packing.CONVERGED, KEYS)
+        ) as made:
             assert len(list(islice(made, records))) == records
         assert torch.get_num_threads() == 3
     finally:
@@ -123,7 +125,7 @@ def test_only_a_few_records_exist_at_any_time(pristine: Path, monkeypatch: pytes
     monkeypatch.setattr(packing, "ThreadPoolExecutor", Eager)
     source = HuggingFaceCheckpoint.open(pristine)
     ahead = 2 * torch.get_num_threads()
-    with closing(packing.packed_records(source, five_bits(source), None, KEYS)) as records:
+    with closing(packing.packed_records(source, five_bits(source), None, packing.CONVERGED, KEYS)) as records:
         for taken, _ in enumerate(records, 1):
             assert len(made) == min(16, taken + ahead)
 
@@ -140,6 +142,6 @@ def test_many_threads_share_the_memory(pristine: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     source = HuggingFaceCheckpoint.open(pristine)
-    assert len(list(packing.packed_records(source, five_bits(source), None, KEYS))) == 16
+    assert len(list(packing.packed_records(source, five_bits(source), None, packing.CONVERGED, KEYS))) == 16
     assert len(list(packing.in_order([int] * 3))) == 3
     assert asked == [21, 21]

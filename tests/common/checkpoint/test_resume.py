@@ -16,6 +16,7 @@ import pytest
 from common.checkpoint import PackedCheckpoint, checksum, open_checkpoint
 from common.checkpoint.packed import DENSE, layer_file
 from common.checkpoint.packed_writer import pack
+from common.checkpoint.packing import PUBLISHED
 from common.checkpoint.partial import partial_directory
 from common.checkpoint.plan import make_plan
 from common.errors import CheckpointError, Exhausted, Unavailable
@@ -228,6 +229,15 @@ def test_another_plan_starts_anew(pristine: Path, destination: Path, tmp_path: P
     interrupted(pristine, destination)
     pack_model(pristine, destination, 5, 4)
     assert_packed(destination, pack_model(pristine, tmp_path / "expected", 5, 4).directory)
+
+
+def test_another_codebook_starts_anew(pristine: Path, destination: Path, tmp_path: Path) -> None:
+    """Files under two codebooks must not come together."""
+    interrupted(pristine, destination)
+    checkpoint = open_checkpoint(pristine)
+    for path in (destination, tmp_path / "expected"):
+        pack(checkpoint, path, make_plan(checkpoint), lambda *_: None, codebook=PUBLISHED)
+    assert_packed(destination, tmp_path / "expected")
 
 
 def test_a_changed_source_starts_anew(model: Path, destination: Path, tmp_path: Path) -> None:

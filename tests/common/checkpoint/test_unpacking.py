@@ -15,10 +15,13 @@ from common.checkpoint.manifest import MANIFEST
 from common.checkpoint.names import dense_shapes, expert_names
 from common.checkpoint.packed import layer_file
 from common.checkpoint.packed_writer import pack
+from common.checkpoint.packing import PUBLISHED
 from common.checkpoint.plan import make_plan
 from common.checkpoint.source import Matrix
 from common.expert_key import ExpertKey
+from common.hlwq.codebook import published_codebook
 from common.hlwq.matrix import PackedMatrix
+from common.hlwq.quantize import quantize
 from tests.helpers import published
 from tests.helpers.models import edited_json, edited_tensors, pack_model, unpack_model
 from tests.helpers.published import Layout, published_model
@@ -188,6 +191,27 @@ def test_records_survive_hlwq_q5(pristine: Path, tmp_path: Path, destination: Pa
     after = packed_with({}, unpack_model(before, destination, "hlwq-q5"), tmp_path / "after")
     for name in ("dense.safetensors", layer_file(0), layer_file(1)):
         assert (before / name).read_bytes() == (after / name).read_bytes(), name
+
+
+def test_own_packs_reach_both_published_layouts(pristine: Path, tmp_path: Path) -> None:
+    """Under the published codebook, with fitted norms as ever: the layout that implies it loses nothing."""
+    source = open_checkpoint(pristine)
+    plan = make_plan(source, dense_bits=5)
+    before = pack(source, tmp_path / "before", plan, lambda *_: None, codebook=PUBLISHED)
+    assert before.manifest.codebook == PUBLISHED
+    original = matrices_of(pristine)
+    for name, matrix in matrices_of(before.directory).items():
+        if isinstance(matrix, PackedMatrix):
+            assert matrix.norms is not None and matrix.codebook is not None
+            codes, norms = quantize(original[name], published_codebook(5), fit_norms=True)
+            assert torch.equal(matrix.codes(), codes) and torch.equal(matrix.norms, norms)
+            assert torch.equal(matrix.codebook, published_codebook(5))
+    for layout in ("hlwq-q5", "polar_engine_v5"):
+        after = packed_with(
+            {}, unpack_model(before.directory, tmp_path / f"{layout}-plain", layout), tmp_path / layout
+        )
+        for name in ("dense.safetensors", layer_file(0), layer_file(1)):
+            assert (before.directory / name).read_bytes() == (after / name).read_bytes(), name
 
 
 def test_codes_keep_bits_that_differ_within_a_layer(
