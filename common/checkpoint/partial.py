@@ -58,7 +58,7 @@ def partial_directory(destination: Path) -> Iterator[Path]:
 @contextmanager
 def claimed(destination: Path) -> Iterator[Claim]:
     """Claim a destination that must not exist; at the end, partial directory and journal go unless kept."""
-    _check_absent(destination)
+    check_absent(destination)
     partial = destination.with_name(f"{destination.name}.partial")
     with write_errors(destination):
         if not destination.parent.is_dir():
@@ -67,7 +67,7 @@ def claimed(destination: Path) -> Iterator[Claim]:
     with journal:
         claim = Claim(destination, partial, journal)
         try:
-            _check_absent(destination)  # again: it may have been finished by whoever held the lock
+            check_absent(destination)  # again: it may have been finished by whoever held the lock
             yield claim
         finally:
             # After publishing there is nothing left of this name; before it, an interrupt ends here as well.
@@ -133,11 +133,6 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _check_absent(destination: Path) -> None:
-    if destination.exists():
-        raise CheckpointError(f"{destination} exists already; remove it or choose another name")
 
 
 def _lock(destination: Path, path: Path) -> BinaryIO:
