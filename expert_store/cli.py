@@ -118,6 +118,8 @@ def _stats_table(reply: pb.StoreStats) -> Table:
         ("frames", f"{reply.ready_frames} ready, {reply.pinned_frames} pinned, of {reply.frames}"),
         ("arena", format_bytes(reply.arena_bytes) + (" page-locked" if reply.page_locked else "")),
         ("staged", f"{reply.staged_records}, {format_bytes(reply.staged_bytes)}, {speed}/s a reader"),
+        ("disk", f"{reply.preload_seconds:.1f} s of reading before anybody asked, "
+                 f"{reply.staging_seconds - reply.preload_seconds:.1f} s since, a reader"),
         ("demands", f"{reply.demands}, {reply.demands_ready} of them ready"),
         ("hints", str(reply.hints)),
         ("evictions", str(reply.evictions)),

@@ -85,6 +85,7 @@ class ControlService(ExpertStoreServicer):
             staged_records=stager.staged_records,
             staged_bytes=stager.staged_bytes,
             staging_seconds=stager.staging_seconds,
+            preload_seconds=stager.preload_seconds,
             demands=counters.demands,
             demands_ready=counters.demands_ready,
             hints=counters.hints,

@@ -40,6 +40,7 @@ class Run(NamedTuple):
     layer: int
     first: int
     frames: list[int]
+    preload: bool = False
 
     @property
     def last(self) -> ExpertKey:
@@ -58,6 +59,7 @@ class Stager:
         self.staged_records = 0
         self.staged_bytes = 0
         self.staging_seconds = 0.0
+        self.preload_seconds = 0.0  # of these
         self._checkpoint = checkpoint
         self._stride = checkpoint.layout.stride
         self._files = [
@@ -145,7 +147,7 @@ class Stager:
                 if frame is None:
                     self._preload = iter(())
                     break
-                run = run or Run(key.layer, key.expert, [])
+                run = run or Run(key.layer, key.expert, [], preload=True)
                 run.frames.append(frame)
             # A gap (an expert staged by demand) or the layer's end also ends the run.
             if run and (len(run.frames) == limit or key != run.last or self._ends_layer(key)):
@@ -185,6 +187,7 @@ class Stager:
             self.staged_records += len(run.frames)
             self.staged_bytes += len(run.frames) * self._stride
             self.staging_seconds += done.result()
+            self.preload_seconds += done.result() if run.preload else 0.0
         else:
             log.error("staging layer %d from expert %d failed: %s", run.layer, run.first, error)
         for key in run.keys:

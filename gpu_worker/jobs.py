@@ -19,7 +19,8 @@ from torch import Tensor
 from common.errors import InvalidRequest
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.engine import PREFILL_CHUNK, Engine
-from gpu_worker.protocol import cache_message, token_message
+from gpu_worker.model.part_times import PartTimes
+from gpu_worker.protocol import cache_message, parts_message, token_message
 from gpu_worker.sampling import Sampler, SamplingParams
 from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.stopping import StopMatcher
@@ -51,11 +52,13 @@ class Job:
         self.begun = self.arrived
         self.place = -1
         self._counted = CacheCounters()
+        self._timed = PartTimes()
 
     def begin(self, engine: Engine) -> None:
         self.begun = time.monotonic()
         self.place = engine.take_place()
         self._counted = engine.experts.counters.copy()
+        self._timed = engine.model.times.copy()
 
     def end(self, engine: Engine) -> None:
         engine.give_place(self.place)
@@ -64,9 +67,10 @@ class Job:
         """Do one step; True when nothing is left to do."""
         raise NotImplementedError
 
-    def cache_counters(self, engine: Engine) -> pb.CacheCounters:
-        """What the cache did for this request."""
-        return cache_message(engine.experts.counters.since(self._counted))
+    def counters(self, engine: Engine) -> tuple[pb.CacheCounters, pb.PartSeconds]:
+        """What the cache did for this request, and where the model's time went."""
+        cache = engine.experts.counters.since(self._counted)
+        return cache_message(cache), parts_message(engine.model.times.since(self._timed), cache)
 
 
 class Generation(Job):
@@ -134,7 +138,8 @@ class Generation(Job):
             tokens_per_second=decoded / seconds if decoded and seconds else 0.0,
         )
         usage = pb.Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.output))
-        finish = pb.Finish(reason=reason, usage=usage, timings=timings, cache=self.cache_counters(engine))
+        cache, parts = self.counters(engine)
+        finish = pb.Finish(reason=reason, usage=usage, timings=timings, cache=cache, parts=parts)
         self.emit(pb.GenerateEvent(finish=finish))
 
 

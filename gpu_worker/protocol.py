@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from common.errors import Incompatible, InvalidRequest
 from common.messages import PROTOCOL_VERSION
+from common.model_config import ATTENTION, MAMBA, MLP, MOE
 from common.rpc import gpu_worker_pb2 as pb
+from gpu_worker.model.part_times import LM_HEAD, PartTimes
 from gpu_worker.sampling import Choice, SamplingParams
 from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.tokenizer import Tokenizer
@@ -68,4 +70,15 @@ def cache_message(counters: CacheCounters) -> pb.CacheCounters:
         staged=counters.staged,
         fetch_seconds=counters.fetch_seconds,
         compute_seconds=counters.compute_seconds,
+    )
+
+
+def parts_message(times: PartTimes, cache: CacheCounters) -> pb.PartSeconds:
+    """`cache` of the same span of time: what it says of routed experts is not said twice."""
+    return pb.PartSeconds(
+        mamba_seconds=times[MAMBA],
+        attention_seconds=times[ATTENTION],
+        moe_seconds=times[MOE] - cache.fetch_seconds - cache.compute_seconds,
+        mlp_seconds=times[MLP],
+        lm_head_seconds=times[LM_HEAD],
     )

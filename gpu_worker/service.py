@@ -18,7 +18,7 @@ from common.errors import InvalidRequest
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerServicer
 from gpu_worker.jobs import Generation, Job, Scoring, check_tokens
-from gpu_worker.protocol import cache_message, check_version, prompt_tokens, sampling_params
+from gpu_worker.protocol import cache_message, check_version, parts_message, prompt_tokens, sampling_params
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -129,6 +129,7 @@ class GenerationService(GpuWorkerServicer):
             waiting=scheduler.waiting,
             store="attached" if worker.link.attachment else "lost",
             uptime_seconds=time.monotonic() - worker.started,
+            parts=parts_message(self.model.engine.model.times, experts.counters),
         )
 
     async def Stop(self, request: pb.StopWorkerRequest, context: Context) -> pb.StopWorkerReply:

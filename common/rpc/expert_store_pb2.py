@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63ommon/rpc/expert_store.proto\x12\x11\x65xpert_serving.v1\"F\n\rAttachRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\"\xcb\x01\n\x0b\x41ttachReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\x12\x12\n\narena_path\x18\x04 \x01(\t\x12\x15\n\rdata_endpoint\x18\x05 \x01(\t\x12\x12\n\ncheckpoint\x18\x06 \x01(\t\x12\x15\n\rlayout_digest\x18\x07 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x0f\n\x07\x61ll_fit\x18\t \x01(\x08\"$\n\x10HeartbeatRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\x10\n\x0eHeartbeatReply\"!\n\rDetachRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\r\n\x0b\x44\x65tachReply\"\x13\n\x11StoreStatsRequest\"\xc3\x03\n\nStoreStats\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x19\n\x11\x65xperts_per_layer\x18\x05 \x01(\r\x12\x14\n\x0crecord_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x07 \x01(\x04\x12\x14\n\x0cready_frames\x18\x08 \x01(\x04\x12\x15\n\rpinned_frames\x18\t \x01(\x04\x12\x13\n\x0b\x61rena_bytes\x18\n \x01(\x04\x12\x13\n\x0bpage_locked\x18\x0b \x01(\x08\x12\x16\n\x0estaged_records\x18\x0c \x01(\x04\x12\x14\n\x0cstaged_bytes\x18\r \x01(\x04\x12\x17\n\x0fstaging_seconds\x18\x0e \x01(\x01\x12\x0f\n\x07\x64\x65mands\x18\x0f \x01(\x04\x12\x15\n\rdemands_ready\x18\x10 \x01(\x04\x12\r\n\x05hints\x18\x11 \x01(\x04\x12\x11\n\tevictions\x18\x12 \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x13 \x01(\x01\x12,\n\x06leases\x18\x14 \x03(\x0b\x32\x1c.expert_serving.v1.LeaseInfo\"Q\n\tLeaseInfo\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x15\n\rpinned_frames\x18\x04 \x01(\x04\"\x12\n\x10StopStoreRequest\"\x10\n\x0eStopStoreReply2\x98\x03\n\x0b\x45xpertStore\x12J\n\x06\x41ttach\x12 .expert_serving.v1.AttachRequest\x1a\x1e.expert_serving.v1.AttachReply\x12S\n\tHeartbeat\x12#.expert_serving.v1.HeartbeatRequest\x1a!.expert_serving.v1.HeartbeatReply\x12J\n\x06\x44\x65tach\x12 .expert_serving.v1.DetachRequest\x1a\x1e.expert_serving.v1.DetachReply\x12L\n\x05Stats\x12$.expert_serving.v1.StoreStatsRequest\x1a\x1d.expert_serving.v1.StoreStats\x12N\n\x04Stop\x12#.expert_serving.v1.StopStoreRequest\x1a!.expert_serving.v1.StopStoreReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63ommon/rpc/expert_store.proto\x12\x11\x65xpert_serving.v1\"F\n\rAttachRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\"\xcb\x01\n\x0b\x41ttachReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\x12\x12\n\narena_path\x18\x04 \x01(\t\x12\x15\n\rdata_endpoint\x18\x05 \x01(\t\x12\x12\n\ncheckpoint\x18\x06 \x01(\t\x12\x15\n\rlayout_digest\x18\x07 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x0f\n\x07\x61ll_fit\x18\t \x01(\x08\"$\n\x10HeartbeatRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\x10\n\x0eHeartbeatReply\"!\n\rDetachRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\r\n\x0b\x44\x65tachReply\"\x13\n\x11StoreStatsRequest\"\xdc\x03\n\nStoreStats\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x19\n\x11\x65xperts_per_layer\x18\x05 \x01(\r\x12\x14\n\x0crecord_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x07 \x01(\x04\x12\x14\n\x0cready_frames\x18\x08 \x01(\x04\x12\x15\n\rpinned_frames\x18\t \x01(\x04\x12\x13\n\x0b\x61rena_bytes\x18\n \x01(\x04\x12\x13\n\x0bpage_locked\x18\x0b \x01(\x08\x12\x16\n\x0estaged_records\x18\x0c \x01(\x04\x12\x14\n\x0cstaged_bytes\x18\r \x01(\x04\x12\x17\n\x0fstaging_seconds\x18\x0e \x01(\x01\x12\x0f\n\x07\x64\x65mands\x18\x0f \x01(\x04\x12\x15\n\rdemands_ready\x18\x10 \x01(\x04\x12\r\n\x05hints\x18\x11 \x01(\x04\x12\x11\n\tevictions\x18\x12 \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x13 \x01(\x01\x12,\n\x06leases\x18\x14 \x03(\x0b\x32\x1c.expert_serving.v1.LeaseInfo\x12\x17\n\x0fpreload_seconds\x18\x15 \x01(\x01\"Q\n\tLeaseInfo\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x15\n\rpinned_frames\x18\x04 \x01(\x04\"\x12\n\x10StopStoreRequest\"\x10\n\x0eStopStoreReply2\x98\x03\n\x0b\x45xpertStore\x12J\n\x06\x41ttach\x12 .expert_serving.v1.AttachRequest\x1a\x1e.expert_serving.v1.AttachReply\x12S\n\tHeartbeat\x12#.expert_serving.v1.HeartbeatRequest\x1a!.expert_serving.v1.HeartbeatReply\x12J\n\x06\x44\x65tach\x12 .expert_serving.v1.DetachRequest\x1a\x1e.expert_serving.v1.DetachReply\x12L\n\x05Stats\x12$.expert_serving.v1.StoreStatsRequest\x1a\x1d.expert_serving.v1.StoreStats\x12N\n\x04Stop\x12#.expert_serving.v1.StopStoreRequest\x1a!.expert_serving.v1.StopStoreReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,13 +46,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STORESTATSREQUEST']._serialized_start=436
   _globals['_STORESTATSREQUEST']._serialized_end=455
   _globals['_STORESTATS']._serialized_start=458
-  _globals['_STORESTATS']._serialized_end=909
-  _globals['_LEASEINFO']._serialized_start=911
-  _globals['_LEASEINFO']._serialized_end=992
-  _globals['_STOPSTOREREQUEST']._serialized_start=994
-  _globals['_STOPSTOREREQUEST']._serialized_end=1012
-  _globals['_STOPSTOREREPLY']._serialized_start=1014
-  _globals['_STOPSTOREREPLY']._serialized_end=1030
-  _globals['_EXPERTSTORE']._serialized_start=1033
-  _globals['_EXPERTSTORE']._serialized_end=1441
+  _globals['_STORESTATS']._serialized_end=934
+  _globals['_LEASEINFO']._serialized_start=936
+  _globals['_LEASEINFO']._serialized_end=1017
+  _globals['_STOPSTOREREQUEST']._serialized_start=1019
+  _globals['_STOPSTOREREQUEST']._serialized_end=1037
+  _globals['_STOPSTOREREPLY']._serialized_start=1039
+  _globals['_STOPSTOREREPLY']._serialized_end=1055
+  _globals['_EXPERTSTORE']._serialized_start=1058
+  _globals['_EXPERTSTORE']._serialized_end=1466
 # @@protoc_insertion_point(module_scope)

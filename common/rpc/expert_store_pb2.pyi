@@ -63,7 +63,7 @@ class StoreStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StoreStats(_message.Message):
-    __slots__ = ("model", "checkpoint", "fingerprint", "layers", "experts_per_layer", "record_bytes", "frames", "ready_frames", "pinned_frames", "arena_bytes", "page_locked", "staged_records", "staged_bytes", "staging_seconds", "demands", "demands_ready", "hints", "evictions", "uptime_seconds", "leases")
+    __slots__ = ("model", "checkpoint", "fingerprint", "layers", "experts_per_layer", "record_bytes", "frames", "ready_frames", "pinned_frames", "arena_bytes", "page_locked", "staged_records", "staged_bytes", "staging_seconds", "demands", "demands_ready", "hints", "evictions", "uptime_seconds", "leases", "preload_seconds")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,7 @@ class StoreStats(_message.Message):
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
+    PRELOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     model: str
     checkpoint: str
     fingerprint: str
@@ -104,7 +105,8 @@ class StoreStats(_message.Message):
     evictions: int
     uptime_seconds: float
     leases: _containers.RepeatedCompositeFieldContainer[LeaseInfo]
-    def __init__(self, model: _Optional[str] = ..., checkpoint: _Optional[str] = ..., fingerprint: _Optional[str] = ..., layers: _Optional[int] = ..., experts_per_layer: _Optional[int] = ..., record_bytes: _Optional[int] = ..., frames: _Optional[int] = ..., ready_frames: _Optional[int] = ..., pinned_frames: _Optional[int] = ..., arena_bytes: _Optional[int] = ..., page_locked: bool = ..., staged_records: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., staging_seconds: _Optional[float] = ..., demands: _Optional[int] = ..., demands_ready: _Optional[int] = ..., hints: _Optional[int] = ..., evictions: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ...) -> None: ...
+    preload_seconds: float
+    def __init__(self, model: _Optional[str] = ..., checkpoint: _Optional[str] = ..., fingerprint: _Optional[str] = ..., layers: _Optional[int] = ..., experts_per_layer: _Optional[int] = ..., record_bytes: _Optional[int] = ..., frames: _Optional[int] = ..., ready_frames: _Optional[int] = ..., pinned_frames: _Optional[int] = ..., arena_bytes: _Optional[int] = ..., page_locked: bool = ..., staged_records: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., staging_seconds: _Optional[float] = ..., demands: _Optional[int] = ..., demands_ready: _Optional[int] = ..., hints: _Optional[int] = ..., evictions: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., preload_seconds: _Optional[float] = ...) -> None: ...
 
 class LeaseInfo(_message.Message):
     __slots__ = ("lease_id", "worker", "pid", "pinned_frames")

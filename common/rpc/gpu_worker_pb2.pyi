@@ -128,17 +128,33 @@ class CacheCounters(_message.Message):
     compute_seconds: float
     def __init__(self, hits: _Optional[int] = ..., misses: _Optional[int] = ..., hit_rate: _Optional[float] = ..., bytes_fetched: _Optional[int] = ..., staged: _Optional[int] = ..., fetch_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
 
+class PartSeconds(_message.Message):
+    __slots__ = ("mamba_seconds", "attention_seconds", "moe_seconds", "mlp_seconds", "lm_head_seconds")
+    MAMBA_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MOE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MLP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LM_HEAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    mamba_seconds: float
+    attention_seconds: float
+    moe_seconds: float
+    mlp_seconds: float
+    lm_head_seconds: float
+    def __init__(self, mamba_seconds: _Optional[float] = ..., attention_seconds: _Optional[float] = ..., moe_seconds: _Optional[float] = ..., mlp_seconds: _Optional[float] = ..., lm_head_seconds: _Optional[float] = ...) -> None: ...
+
 class Finish(_message.Message):
-    __slots__ = ("reason", "usage", "timings", "cache")
+    __slots__ = ("reason", "usage", "timings", "cache", "parts")
     REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     reason: str
     usage: Usage
     timings: Timings
     cache: CacheCounters
-    def __init__(self, reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., cache: _Optional[_Union[CacheCounters, _Mapping]] = ...) -> None: ...
+    parts: PartSeconds
+    def __init__(self, reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., cache: _Optional[_Union[CacheCounters, _Mapping]] = ..., parts: _Optional[_Union[PartSeconds, _Mapping]] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("delta", "finish")
@@ -219,7 +235,7 @@ class WorkerStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("slots_per_layer", "slot_bytes", "policy", "prefetch", "cache", "hints_sent", "hints_useful", "requests", "requests_failed", "prompt_tokens", "completion_tokens", "running", "waiting", "store", "uptime_seconds", "slots_pinned")
+    __slots__ = ("slots_per_layer", "slot_bytes", "policy", "prefetch", "cache", "hints_sent", "hints_useful", "requests", "requests_failed", "prompt_tokens", "completion_tokens", "running", "waiting", "store", "uptime_seconds", "slots_pinned", "parts")
     SLOTS_PER_LAYER_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +252,7 @@ class WorkerStats(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_PINNED_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     slots_per_layer: int
     slot_bytes: int
     policy: str
@@ -252,7 +269,8 @@ class WorkerStats(_message.Message):
     store: str
     uptime_seconds: float
     slots_pinned: int
-    def __init__(self, slots_per_layer: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., prefetch: _Optional[str] = ..., cache: _Optional[_Union[CacheCounters, _Mapping]] = ..., hints_sent: _Optional[int] = ..., hints_useful: _Optional[int] = ..., requests: _Optional[int] = ..., requests_failed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., store: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., slots_pinned: _Optional[int] = ...) -> None: ...
+    parts: PartSeconds
+    def __init__(self, slots_per_layer: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., prefetch: _Optional[str] = ..., cache: _Optional[_Union[CacheCounters, _Mapping]] = ..., hints_sent: _Optional[int] = ..., hints_useful: _Optional[int] = ..., requests: _Optional[int] = ..., requests_failed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., store: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., slots_pinned: _Optional[int] = ..., parts: _Optional[_Union[PartSeconds, _Mapping]] = ...) -> None: ...
 
 class StopWorkerRequest(_message.Message):
     __slots__ = ()

@@ -18,6 +18,7 @@ from gpu_worker.model.mamba2 import Mamba2
 from gpu_worker.model.mlp import MLP
 from gpu_worker.model.moe import MoE, RoutedExperts
 from gpu_worker.model.norms import rms_norm
+from gpu_worker.model.part_times import LM_HEAD, PartTimes
 from gpu_worker.model.states import DecodeStep, PrefillStep, StatePools, Step
 from gpu_worker.model.weights import AttentionWeights, Mamba2Weights, MLPWeights, ModelWeights, MoEWeights
 
@@ -29,7 +30,9 @@ class NemotronH:
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, experts: RoutedExperts) -> None:
         self.config, self.weights = config, weights
-        self.blocks = list(zip(weights.blocks, _mixers(config, weights, experts), strict=True))
+        self.times = PartTimes()
+        mixers = _mixers(config, weights, experts)
+        self.blocks = list(zip(config.pattern, weights.blocks, mixers, strict=True))
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, sequence: int, pools: StatePools) -> Tensor:
@@ -64,13 +67,15 @@ class NemotronH:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (rows, hidden_size) to logits (rows, vocab_size) float32."""
-        return self.weights.lm_head(hidden).float()
+        with self.times.spent_in(LM_HEAD):
+            return self.weights.lm_head(hidden).float()
 
     def _run(self, tokens: Tensor, step: Step) -> Tensor:
         epsilon = self.config.layer_norm_epsilon
         hidden = F.embedding(tokens, self.weights.embeddings).to(self.weights.norm_f.dtype)
-        for block, mixer in self.blocks:
-            hidden = hidden + mixer(rms_norm(hidden, block.norm, epsilon), step)
+        for kind, block, mixer in self.blocks:
+            with self.times.spent_in(kind):
+                hidden = hidden + mixer(rms_norm(hidden, block.norm, epsilon), step)
         return rms_norm(hidden, self.weights.norm_f, epsilon)
 
 

@@ -73,6 +73,7 @@ def test_preload_reads_every_record_into_its_frame(checkpoint: PackedCheckpoint,
         stager.frames.check_integrity()
         stager.close()
         assert stager.staged_records == LAYERS * EXPERTS
+        assert stager.preload_seconds == stager.staging_seconds > 0
 
     asyncio.run(run())
     for layer in range(LAYERS):

@@ -26,7 +26,7 @@ def generate(pair: Pair, *options: str) -> dict:
 
 def test_generate_json_has_the_documented_fields(pair: Pair) -> None:
     result = generate(pair, PROMPT, "--max-new-tokens", "12", "--ignore-eos")
-    assert result.keys() == {"text", "token_ids", "finish_reason", "usage", "timings", "cache"}
+    assert result.keys() == {"text", "token_ids", "finish_reason", "usage", "timings", "cache", "parts"}
     assert result["usage"].keys() == {"prompt_tokens", "completion_tokens"}
     assert result["timings"].keys() == {"queue_ms", "prefill_ms", "decode_ms", "tokens_per_second"}
     counted = {"hits", "misses", "hit_rate", "bytes_fetched", "staged"}
@@ -36,6 +36,17 @@ def test_generate_json_has_the_documented_fields(pair: Pair) -> None:
     hits, misses = result["cache"]["hits"], result["cache"]["misses"]
     assert result["cache"]["hit_rate"] == pytest.approx(hits / (hits + misses))
     assert result["timings"]["tokens_per_second"] > 0
+
+
+def test_the_time_of_a_request_is_accounted_for(pair: Pair) -> None:
+    result = generate(pair, PROMPT, "--max-new-tokens", "12", "--ignore-eos")
+    parts, timings, cache = result["parts"], result["timings"], result["cache"]
+    assert parts.keys() == {f"{part}_seconds" for part in ("mamba", "attention", "moe", "mlp", "lm_head")}
+    assert all(parts[f"{part}_seconds"] > 0 for part in ("mamba", "attention", "moe", "lm_head"))
+    named = sum(parts.values()) + cache["compute_seconds"] + cache["fetch_seconds"]
+    total = (timings["prefill_ms"] + timings["decode_ms"]) / 1e3
+    assert 0.5 * total < named <= total
+    assert "% routed experts" in pair.run("gpu-worker", "stats").stdout
 
 
 def test_text_and_its_token_ids_give_the_same(pair: Pair) -> None:
