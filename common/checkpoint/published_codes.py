@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.hlwq import native
 from common.hlwq.codebook import packing_codebook, published_codebook
 from common.hlwq.planes import BLOCK
 
@@ -27,6 +28,8 @@ def nibbles(rows: Tensor) -> Tensor:
 
 def bit_run(rows: Tensor, bits: int, most_significant_first: bool) -> Tensor:
     """uint8 (rows, columns * bits / 8) -> codes (rows, columns): 8 codes in `bits` bytes, bit after bit."""
+    if native.usable(rows):
+        return native.unpack_run(rows, bits, most_significant_first)
     groups = rows.reshape(rows.shape[0], -1, bits)
     codes = torch.empty(*groups.shape[:2], 8, dtype=torch.uint8)
     for place in range(8):

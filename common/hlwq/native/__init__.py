@@ -198,6 +198,14 @@ def unpack_planes(planes: Sequence[Tensor], columns: int, bits: int) -> Tensor:
     return codes
 
 
+def unpack_run(rows: Tensor, bits: int, most_significant_first: bool) -> Tensor:
+    rows = rows.contiguous()
+    groups = rows.numel() // bits
+    codes = torch.empty(rows.shape[0], rows.shape[1] * 8 // bits, dtype=torch.uint8)
+    call("hlwq_unpack_run", rows.data_ptr(), groups, bits, most_significant_first, codes.data_ptr())
+    return codes
+
+
 def quantize(
     weight: Tensor, nearest: NearestCentroid, shares: Sequence[float]
 ) -> tuple[Tensor, Tensor] | None:
@@ -275,6 +283,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hlwq_set_threads": (None, [c_int32]),
     "hlwq_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_unpack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "hlwq_unpack_run": (None, [c_void_p, c_int64, c_int64, c_int32, c_void_p]),
     "hlwq_hadamard": (None, [c_void_p, c_int64]),
     "hlwq_quantize": (
         c_int32,

@@ -109,6 +109,22 @@ void hlwq_unpack(const uint8_t* const* planes, int64_t rows, int64_t columns, in
     });
 }
 
+void hlwq_unpack_run(const uint8_t* run, int64_t groups, int64_t bits, int32_t most_significant_first, uint8_t* codes) {
+    const uint64_t mask = (uint64_t(1) << bits) - 1;
+    pieces(groups, 16384, [&](int64_t first, int64_t last) {
+        for (int64_t group = first; group < last; group++) {
+            const uint8_t* bytes = run + group * bits;
+            uint64_t word = 0;  // with the first code lowest, or highest
+            for (int64_t i = 0; i < bits; i++)
+                word = most_significant_first ? word << 8 | bytes[i] : word | uint64_t(bytes[i]) << (8 * i);
+            uint8_t eight[8];
+            for (int place = 0; place < 8; place++)
+                eight[place] = word >> bits * (most_significant_first ? 7 - place : place) & mask;
+            std::memcpy(codes + group * 8, eight, 8);
+        }
+    });
+}
+
 void hlwq_hadamard(float* x, int64_t blocks) {
     const Path& kernels = path();
     pieces(blocks, 256, [&](int64_t first, int64_t last) {

@@ -26,6 +26,10 @@ void hlwq_set_threads(int32_t threads);
 void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes);
 void hlwq_unpack(const uint8_t* const* planes, int64_t rows, int64_t columns, int64_t bits, uint8_t* codes);
 
+// Codes of 1 to 8 bits out of one run of bits, 8 codes in `bits` bytes: `groups` such eights, least or most
+// significant bit first (the published packed layouts).
+void hlwq_unpack_run(const uint8_t* run, int64_t groups, int64_t bits, int32_t most_significant_first, uint8_t* codes);
+
 // H applied to each block of 128 of x, in place.
 void hlwq_hadamard(float* x, int64_t blocks);
 

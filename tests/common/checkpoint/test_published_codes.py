@@ -8,18 +8,21 @@ from hypothesis import strategies as st
 
 from common.checkpoint.published_codes import bit_run, bits_of, extended, nibbles, stored_codebook
 from common.errors import CheckpointError
+from common.hlwq import native
 from common.hlwq.codebook import packing_codebook, published_codebook
 
 
+@pytest.mark.parametrize("kernels", [native.path(), native.PLAIN])
 @given(bits=st.integers(1, 8), rows=st.integers(1, 4), blocks=st.integers(1, 3), seed=st.integers(0, 99))
-def test_bit_runs_in_both_orders(bits: int, rows: int, blocks: int, seed: int) -> None:
+def test_bit_runs_in_both_orders(kernels: str, bits: int, rows: int, blocks: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (rows, blocks * 128), dtype=np.uint8)
     least = np.unpackbits(codes[:, :, None], axis=2, bitorder="little", count=bits).reshape(rows, -1)
-    packed = torch.from_numpy(np.packbits(least, axis=1, bitorder="little"))
-    assert np.array_equal(bit_run(packed, bits, most_significant_first=False).numpy(), codes)
     most = np.unpackbits(codes[:, :, None], axis=2)[:, :, 8 - bits :].reshape(rows, -1)
-    packed = torch.from_numpy(np.packbits(most, axis=1))
-    assert np.array_equal(bit_run(packed, bits, most_significant_first=True).numpy(), codes)
+    with native.forced(kernels):
+        packed = torch.from_numpy(np.packbits(least, axis=1, bitorder="little"))
+        assert np.array_equal(bit_run(packed, bits, most_significant_first=False).numpy(), codes)
+        packed = torch.from_numpy(np.packbits(most, axis=1))
+        assert np.array_equal(bit_run(packed, bits, most_significant_first=True).numpy(), codes)
 
 
 def test_nibbles_are_the_halves_of_a_block() -> None:
