@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
 
 @pytest.fixture(scope="session")

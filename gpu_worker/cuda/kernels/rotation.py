@@ -1,0 +1,198 @@
+"""Activations as products with packed weights want them: rotated block by block, in the products' order.
+
+A packed matrix is never rotated back: y = sum over blocks of norm * codebook[code] . (H x) / sqrt(128)
+(common/hlwq/matrix.py). Rotating is fused with what makes the activations: a norm, an activation function.
+Both factors 1 / sqrt(128), that of H and this one, are in what is stored. Codes are read by words of eight
+(`packed_words`), so the columns of a block stand in the order in which the eight codes of its words are met.
+Not done here: products.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.hlwq.hadamard import hadamard_transform
+from common.hlwq.planes import BLOCK, padded
+from gpu_worker.model.norms import gated_group_norm
+from gpu_worker.model.norms import rms_norm as plain_rms_norm
+
+_FACTORS = (8, 16)  # H of 128 is H of 8 times H of 16, Kronecker's product: 24 terms a value instead of 128
+
+
+@cache
+def product_order(device: torch.device) -> Tensor:
+    """The columns of a block in the products' order: (128,) int64.
+
+    Word w of 16 holds the codes of columns 4 w + b and, in the upper halves of its bytes, 64 + 4 w + b, for b
+    in 0..3; place (2 b + h) 16 + w is column 64 h + 4 w + b.
+    """
+    place = torch.arange(BLOCK, device=device)
+    field, word = place // 16, place % 16
+    return 64 * (field % 2) + 4 * word + field // 2
+
+
+def rotate_plain(x: Tensor) -> Tensor:
+    """x (rows, columns) to (rows, blocks, 128) float32, rotated, scaled and in the products' order."""
+    aligned = F.pad(x.float(), (0, padded(x.shape[1]) - x.shape[1]))
+    blocks = hadamard_transform(aligned).view(x.shape[0], -1, BLOCK) * BLOCK**-0.5
+    return blocks[:, :, product_order(x.device)]
+
+
+def rms_norm_rotate_plain(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm of x (rows, columns), in x.dtype, and that rotated."""
+    normed = plain_rms_norm(x, weight, epsilon)
+    return normed, rotate_plain(normed)
+
+
+def relu2_rotate_plain(x: Tensor) -> Tensor:
+    """relu(x) squared, rotated, for x (rows, columns) float32."""
+    return rotate_plain(torch.relu(x).square())
+
+
+def gated_norm_rotate_plain(
+    x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Mamba-2's gated group norm of x (rows, columns) under gate, in x.dtype, and that rotated."""
+    normed = gated_group_norm(x, gate, weight, groups, epsilon)
+    return normed, rotate_plain(normed)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """As `rotate_plain`; x may have any stride between rows."""
+    rows, columns = x.shape
+    y = _rotated_like(x)
+    _rotate_kernel[(rows, y.shape[1])](
+        x, y, columns, x.stride(0), y.stride(0), SQUARED_RELU=False, num_warps=1
+    )
+    return y
+
+
+def relu2_rotate(x: Tensor) -> Tensor:
+    """As `relu2_rotate_plain`."""
+    rows, columns = x.shape
+    y = _rotated_like(x)
+    _rotate_kernel[(rows, y.shape[1])](
+        x, y, columns, x.stride(0), y.stride(0), SQUARED_RELU=True, num_warps=1
+    )
+    return y
+
+
+def rms_norm_rotate(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """As `rms_norm_rotate_plain`, for contiguous x."""
+    rows, columns = x.shape
+    normed, y = torch.empty_like(x), _rotated_like(x)
+    width = triton.next_power_of_2(columns)
+    _norm_kernel[(rows, y.shape[1])](x, weight, normed, y, columns, epsilon, y.stride(0), WIDTH=width)
+    return normed, y
+
+
+def gated_norm_usable(columns: int, groups: int) -> bool:
+    """Whether `gated_norm_rotate` can do it: groups are whole blocks, or blocks whole groups."""
+    size = columns // groups
+    return columns % BLOCK == 0 and (size % BLOCK == 0 or BLOCK % size == 0) and size & (size - 1) == 0
+
+
+def gated_norm_rotate(
+    x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """As `gated_norm_rotate_plain`, where `gated_norm_usable`; gate may have any stride between rows."""
+    rows, columns = x.shape
+    normed, y = torch.empty_like(x), _rotated_like(x)
+    _gated_norm_kernel[(rows, y.shape[1])](
+        x, gate, weight, normed, y, columns, gate.stride(0), epsilon, y.stride(0), GROUP=columns // groups
+    )
+    return normed, y
+
+
+def _rotated_like(x: Tensor) -> Tensor:
+    rows, columns = x.shape
+    return torch.empty(rows, padded(columns) // BLOCK, BLOCK, dtype=torch.float32, device=x.device)
+
+
+@triton.jit
+def _sign(a, b):
+    """(-1) ** (number of common bits of a and b), both below 16: an entry of H, not normalised."""
+    common = a & b
+    common ^= common >> 2
+    common ^= common >> 1
+    return (1 - 2 * (common & 1)).to(tl.float32)
+
+
+@triton.jit
+def _block_columns():
+    """The columns of a block as (8, 16)."""
+    return tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :]
+
+
+@triton.jit
+def _store_rotated(block, y):
+    """H block / 128 for block (8, 16) float32, to y in the products' order."""
+    i, j = tl.arange(0, 8), tl.arange(0, 16)
+    outer = tl.sum(_sign(i[:, None], i[None, :])[:, :, None] * block[None, :, :], 1)
+    both = tl.sum(outer[:, :, None] * _sign(j[:, None], j[None, :])[None, :, :], 1)
+    column = _block_columns()
+    place = (2 * (column % 4) + column // 64) * 16 + column % 64 // 4
+    tl.store(y + place, both * (1 / 128))
+
+
+@triton.jit
+def _rotate_kernel(x, y, columns, x_stride, y_stride, SQUARED_RELU: tl.constexpr):
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = block * 128 + _block_columns()
+    values = tl.load(x + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32)
+    if SQUARED_RELU:
+        values = tl.maximum(values, 0.0)
+        values = values * values
+    _store_rotated(values, y + row * y_stride + block * 128)
+
+
+@triton.jit
+def _norm_kernel(x, weight, normed, y, columns, epsilon, y_stride, WIDTH: tl.constexpr):
+    # Every program of a row computes the row's mean square again: one launch less, and a row is small.
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    whole = tl.arange(0, WIDTH)
+    values = tl.load(x + row * columns + whole, mask=whole < columns, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / columns + epsilon)
+    column = block * 128 + _block_columns()
+    inside = column < columns
+    mine = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    rounded = (gain * (mine * scale)).to(normed.dtype.element_ty)
+    tl.store(normed + row * columns + column, rounded, mask=inside)
+    _store_rotated(rounded.to(tl.float32), y + row * y_stride + block * 128)
+
+
+@triton.jit
+def _gated(x, gate):
+    g = gate.to(tl.float32)
+    return x.to(tl.float32) * (g * tl.sigmoid(g))
+
+
+@triton.jit
+def _gated_norm_kernel(
+    x, gate, weight, normed, y, columns, gate_stride, epsilon, y_stride, GROUP: tl.constexpr
+):
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x_row, gate_row = x + row * columns, gate + row * gate_stride
+    column = block * 128 + _block_columns()
+    mine = _gated(tl.load(x_row + column), tl.load(gate_row + column))
+    if GROUP >= 128:  # the block lies in one group, of which it reads the rest as well
+        whole = block * 128 // GROUP * GROUP + tl.arange(0, GROUP)
+        values = _gated(tl.load(x_row + whole), tl.load(gate_row + whole))
+        scale = tl.rsqrt(tl.sum(values * values, 0) / GROUP + epsilon)
+        scaled = mine * scale
+    else:
+        groups = tl.reshape(mine, [128 // GROUP, GROUP])
+        scales = tl.rsqrt(tl.sum(groups * groups, 1) / GROUP + epsilon)
+        scaled = tl.reshape(groups * scales[:, None], [8, 16])
+    # transformers' order of rounding: to the compute dtype, then times the weight, and rounded again.
+    dtype: tl.constexpr = normed.dtype.element_ty
+    rounded = (tl.load(weight + column).to(tl.float32) * scaled.to(dtype).to(tl.float32)).to(dtype)
+    tl.store(normed + row * columns + column, rounded)
+    _store_rotated(rounded.to(tl.float32), y + row * y_stride + block * 128)
