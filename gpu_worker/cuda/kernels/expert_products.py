@@ -1,0 +1,155 @@
+"""Routed experts of 1 to 16 rows, computed from the slot pool by slot id: the pool is the weight tensor.
+
+Each (row, rank) pair is computed alone, whatever slot its record lies in and whatever stands beside it, and
+`combine` adds a row's pairs in rank order: neither slots nor waves nor batches change a bit. Pairs of a batch
+that chose the same expert read it from the second-level cache. Not done here: choosing (`router`), resolving
+experts to slots and filling these (`slots`), prompts (`grouped_product`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.hlwq.planes import RAW_BITS, padded
+from common.record import MatrixLayout
+from gpu_worker.cuda.kernels.packed_product import product_plain
+from gpu_worker.cuda.kernels.packed_words import LookUp, tile_products
+
+_TILE = {"OUTS": 4, "AT_ONCE": 8, "num_warps": 1}  # as in `packed_product`
+_RAW_TILE = {"OUTS": 4, "WIDTH": 512, "num_warps": 4}
+
+
+def expert_products_plain(x: Tensor, layout: MatrixLayout, pool: Tensor, slot_ids: Tensor, k: int) -> Tensor:
+    """One projection of each pair's expert: x (pairs / k, ...) to (pairs, out) float32.
+
+    pool (slots, stride) uint8 of one layer; slot_ids (pairs,) int32; pair p reads row p // k of x, rotated:
+    (rows, blocks, 128) float32. For a matrix of raw weights x is (rows, in) of any float type.
+    """
+    pairs = slot_ids.shape[0]
+    y = torch.empty(pairs, layout.out_features, device=x.device)
+    for pair, slot in enumerate(slot_ids.tolist()):
+        matrix, row = layout.view(pool[slot]), x[pair // k][None]
+        if layout.bits == RAW_BITS:
+            y[pair] = (row.float() @ matrix.planes[0].view(torch.bfloat16).float().T)[0]
+        else:
+            y[pair] = product_plain(row, matrix, None, torch.float32)[0]
+    return y
+
+
+def combine_plain(products: Tensor, weights: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
+    """residual + shared + the weighted sum of products (rows * k, hidden) float32 in rank order.
+
+    weights (rows, k) float32; shared and residual (rows, hidden), whose type the result has; rounded once.
+    """
+    rows, k = weights.shape
+    ranked = products.view(rows, k, -1)
+    total = ranked[:, 0] * weights[:, :1]
+    for rank in range(1, k):
+        total = total + ranked[:, rank] * weights[:, rank : rank + 1]
+    return (total + shared.float() + residual.float()).to(residual.dtype)
+
+
+class ExpertProducts:
+    """One projection of one layer's experts, prepared for launches."""
+
+    def __init__(self, layout: MatrixLayout) -> None:
+        self.layout = layout
+        self._raw = layout.bits == RAW_BITS
+        self._grid = triton.cdiv(layout.out_features, (_RAW_TILE if self._raw else _TILE)["OUTS"])
+        if not self._raw:
+            assert layout.norms is not None and layout.codebook is not None
+            look_up = LookUp(layout.bits)
+            self._constants = {
+                "LOW": layout.planes[0].offset, "HIGH": layout.planes[-1].offset,
+                "NORMS": layout.norms.offset, "CODEBOOK": layout.codebook.offset,
+                "BITS": layout.bits, "BLOCKS": padded(layout.in_features) // 128,
+                "ASSEMBLY": look_up.products, **_TILE,
+            }  # fmt: skip
+
+    def __call__(self, x: Tensor, pool: Tensor, slot_ids: Tensor, k: int) -> Tensor:
+        """As `expert_products_plain`, for contiguous x."""
+        layout, pairs = self.layout, slot_ids.shape[0]
+        y = torch.empty(pairs, layout.out_features, dtype=torch.float32, device=x.device)
+        arguments = (pool, slot_ids, x, y, layout.out_features, pool.stride(0), k)
+        if self._raw:
+            columns, offset = layout.in_features, layout.planes[0].offset
+            _raw_kernel[(self._grid, pairs)](*arguments, COLUMNS=columns, OFFSET=offset, **_RAW_TILE)
+        else:
+            _packed_kernel[(self._grid, pairs)](*arguments, **self._constants)
+        return y
+
+
+def combine(products: Tensor, weights: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
+    """As `combine_plain`, into `residual`, which is returned."""
+    rows, hidden = residual.shape
+    k, block = weights.shape[1], 256
+    grid = (triton.cdiv(hidden, block), rows)
+    _combine_kernel[grid](products, weights, shared, residual, hidden, K=k, BLOCK=block, num_warps=2)
+    return residual
+
+
+@triton.jit
+def _record_of(pool, slot_ids, pair, stride):
+    # Records begin at multiples of 4096 bytes.
+    record = pool + tl.load(slot_ids + pair).to(tl.int64) * stride
+    return tl.multiple_of(record, 128)
+
+
+@triton.jit
+def _packed_kernel(
+    pool, slot_ids, x, y, outs, stride, k,
+    LOW: tl.constexpr, HIGH: tl.constexpr, NORMS: tl.constexpr, CODEBOOK: tl.constexpr, BITS: tl.constexpr,
+    BLOCKS: tl.constexpr, OUTS: tl.constexpr, AT_ONCE: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1)
+    record = _record_of(pool, slot_ids, pair, stride)
+    low = tl.multiple_of((record + LOW).to(tl.pointer_type(tl.int32)), 16)
+    high = tl.multiple_of((record + HIGH).to(tl.pointer_type(tl.int32)), 16)
+    norms = (record + NORMS).to(tl.pointer_type(tl.float16))
+    codebook = (record + CODEBOOK).to(tl.pointer_type(tl.float32))
+    out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    row, word = tl.minimum(out, outs - 1)[:, None], tl.arange(0, AT_ONCE * 16)[None, :]
+    x_row = x + (pair // k).to(tl.int64) * (BLOCKS * 128)
+    total = tl.zeros([OUTS, AT_ONCE * 16], tl.float32)
+    for block in tl.static_range(0, BLOCKS, AT_ONCE):
+        total += tile_products(low, high, norms, codebook, x_row, row, block, word, BITS, BLOCKS, ASSEMBLY)
+    tl.store(y + pair.to(tl.int64) * outs + out, tl.sum(total, 1), mask=out < outs)
+
+
+@triton.jit
+def _raw_kernel(
+    pool, slot_ids, x, y, outs, stride, k,
+    COLUMNS: tl.constexpr, OFFSET: tl.constexpr, OUTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1)
+    record = _record_of(pool, slot_ids, pair, stride)
+    weights = tl.multiple_of((record + OFFSET).to(tl.pointer_type(tl.bfloat16)), 16)
+    out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    row = tl.minimum(out, outs - 1)[:, None]
+    total = tl.zeros([OUTS, WIDTH], tl.float32)
+    for start in tl.static_range(0, COLUMNS, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        inside = column < COLUMNS
+        values = tl.load(x + (pair // k).to(tl.int64) * COLUMNS + column, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        tile = tl.load(weights + row * COLUMNS + column[None, :], mask=inside[None, :], other=0.0)
+        total += tile.to(tl.float32) * values[None, :]
+    tl.store(y + pair.to(tl.int64) * outs + out, tl.sum(total, 1), mask=out < outs)
+
+
+@triton.jit
+def _combine_kernel(products, weights, shared, residual, hidden, K: tl.constexpr, BLOCK: tl.constexpr):
+    column, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    inside = column < hidden
+    total = tl.zeros([BLOCK], tl.float32)
+    for rank in tl.static_range(K):
+        product = tl.load(products + (row * K + rank) * hidden + column, mask=inside, other=0.0)
+        total += product * tl.load(weights + row * K + rank)
+    place = row * hidden + column
+    total += tl.load(shared + place, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(residual + place, total.to(residual.dtype.element_ty), mask=inside)
