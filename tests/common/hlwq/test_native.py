@@ -19,10 +19,11 @@ from torch import Tensor
 from common.errors import CheckpointError, ConfigError
 from common.hlwq import native
 from common.hlwq.codebook import converged_codebook, packing_codebook
-from common.hlwq.hadamard import hadamard_matrix
+from common.hlwq.hadamard import hadamard_matrix, hadamard_transform
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, PLANE_WIDTHS, pack_planes, padded, unpack_planes
 from common.hlwq.quantize import pack_matrix
+from gpu_worker.kernels.expert_mlp import combine
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
 # bfloat16 centroids are looked up exactly; others keep at least 16 bits of their significand.
@@ -30,6 +31,7 @@ EXACT, SPLIT = 3e-7, 1.5e-5
 several = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+few = settings(several, max_examples=10)
 
 
 @pytest.fixture(params=native.PATHS)
@@ -111,7 +113,7 @@ def test_planes(path: str, rows: int, blocks: int, bits: int, data: st.DataObjec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", PLANE_WIDTHS)
 def test_quantize(path: str, bits: int, dtype: torch.dtype) -> None:
     """Sums are taken in another order, so a value may change sides at a midpoint, and with fitted norms a
     block may take another of two shares that fit equally well: rarely, and to no one's harm."""
@@ -130,6 +132,33 @@ def test_quantize(path: str, bits: int, dtype: torch.dtype) -> None:
             assert torch.equal(ours.norms, plain.norms)
 
 
+@few
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 400),
+    bits=st.sampled_from(list(PLANE_WIDTHS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    fit_norms=st.booleans(),
+)
+def test_quantize_any_shape(
+    path: str, rows: int, columns: int, bits: int, dtype: torch.dtype, fit_norms: bool
+) -> None:
+    """As above, but of few codes one may change sides, and of few norms one may round the other way."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    weight = (torch.randn(rows, columns, generator=generator) * 0.02).to(dtype)
+    ours = pack_matrix(weight, bits, packing_codebook(bits), fit_norms)
+    with native.forced(native.PLAIN):
+        plain = pack_matrix(weight, bits, packing_codebook(bits), fit_norms)
+    expected, got = (relative_error(matrix.decode(), weight.double()) for matrix in (plain, ours))
+    assert got == pytest.approx(expected, rel=1e-2, abs=2**-11)  # half of what a float16 norm resolves
+    assert (
+        ours.codes().shape == (rows, padded(columns)) and ours.norms is not None and plain.norms is not None
+    )
+    if not fit_norms:
+        assert int((ours.codes() != plain.codes()).sum()) <= 1 + 1e-3 * ours.codes().numel()
+        torch.testing.assert_close(ours.norms, plain.norms, rtol=2**-10, atol=0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
 def test_quantize_refuses(path: str, value: float) -> None:
     weight = torch.ones(9, 200)
@@ -138,21 +167,32 @@ def test_quantize_refuses(path: str, value: float) -> None:
         pack_matrix(weight, 5, packing_codebook(5), True)
 
 
-def test_hadamard(path: str) -> None:
-    x = torch.randn(5, 3 * BLOCK)
+@few
+@given(shape=st.lists(st.integers(1, 5), max_size=2), blocks=st.integers(1, 6))
+def test_hadamard(path: str, shape: list[int], blocks: int) -> None:
+    x = torch.randn(*shape, blocks * BLOCK, generator=torch.Generator().manual_seed(blocks))
     expected = (x.view(-1, BLOCK).double() @ hadamard_matrix().double()).view(x.shape)
-    assert relative_error(native.hadamard_transform(x), expected) <= EXACT
+    got = hadamard_transform(x)
+    assert got.shape == x.shape and relative_error(got, expected) <= EXACT
+    with native.forced(native.PLAIN):
+        assert relative_error(hadamard_transform(x), got.double()) <= EXACT
 
 
-@pytest.mark.parametrize("bits", [3, 5, 8, 16])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_experts(path: str, bits: int, tokens: int) -> None:
+@several
+@given(
+    bits=st.tuples(st.sampled_from(BITS), st.sampled_from(BITS)),
+    hidden=st.integers(1, 300),
+    inner=st.integers(1, 150),
+    tokens=st.integers(1, 6),
+    k=st.integers(1, 4),
+)
+def test_experts(path: str, bits: tuple[int, int], hidden: int, inner: int, tokens: int, k: int) -> None:
     """A layer's experts at once, pair by pair: the same bits as one product after the other."""
-    hidden, inner, k = 256, 72, 3
-    ups = [random_matrix(inner, hidden, bits, True, seed) for seed in range(4)]
-    downs = [random_matrix(hidden, inner, bits, True, 10 + seed) for seed in range(4)]
-    x = torch.randn(tokens, hidden)
-    choices = torch.stack([torch.randperm(4)[:k] for _ in range(tokens)])
+    ups = [random_matrix(inner, hidden, bits[0], True, seed) for seed in range(4)]
+    downs = [random_matrix(hidden, inner, bits[1], True, 10 + seed) for seed in range(4)]
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator)
+    choices = torch.stack([torch.randperm(4, generator=generator)[:k] for _ in range(tokens)])
     expected = torch.empty(tokens * k, hidden)
     got = torch.full((tokens * k, hidden), torch.nan)
     for expert in range(4):
@@ -165,6 +205,20 @@ def test_experts(path: str, bits: int, tokens: int) -> None:
         middle = torch.relu(ups[expert].product(x[pairs // k])).square()
         expected[pairs] = downs[expert].product(middle)
     assert torch.equal(got, expected)
+
+
+@few
+@given(rows=st.integers(1, 40), k=st.integers(1, 8), hidden=st.integers(1, 300))
+def test_combine(path: str, rows: int, k: int, hidden: int) -> None:
+    """Sums in rank order, of which the twin has the same bits."""
+    generator = torch.Generator().manual_seed(hidden)
+    products = torch.randn(rows * k, hidden, generator=generator)
+    weights = torch.rand(rows, k, generator=generator)
+    got = native.combine(products, weights)
+    with native.forced(native.PLAIN):
+        assert torch.equal(got, combine(products, weights, torch.float32))
+    exact = (products.double().view(rows, k, hidden) * weights.double()[:, :, None]).sum(1)
+    assert relative_error(got, exact) <= EXACT
 
 
 @pytest.fixture
