@@ -86,9 +86,10 @@ def _conv_kernel(
     inputs = tl.where(tap == KERNEL - 1, newest[:, None], earlier)
     within = inside[:, None] & (tap < KERNEL)
     taps = tl.load(weight + channel[:, None] * KERNEL + tap, mask=within, other=0.0)
-    y = tl.sum(inputs.to(tl.float32) * taps.to(tl.float32), 1)
+    y = tl.zeros([CHANNELS], tl.float32)
     if bias is not None:
         y += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    y += tl.sum(inputs.to(tl.float32) * taps.to(tl.float32), 1)
     y = y / (1.0 + tl.exp(-y))
     tl.store(convolved + row * CONV_DIM + channel, y.to(convolved.dtype.element_ty), mask=inside)
     # A thread's input goes where another thread may read: not before all have read.
@@ -117,6 +118,7 @@ def _state_kernel(
     n = tl.arange(0, STATE_WIDTH)
     in_head, in_state = p < HEAD_DIM, n < STATE
     inside = in_head[:, None] & in_state[None, :]
+    # Loads before arithmetic: the compiler keeps their order, and so all wait for memory at once.
     place = tl.load(places + row)
     address = ssm + ((place * HEADS + head) * HEAD_DIM + p[:, None]) * STATE + n[None, :]
     state = tl.load(address, mask=inside, other=0.0)
@@ -129,10 +131,11 @@ def _state_kernel(
     B = tl.load(inputs + inner + group * STATE + n, mask=in_state, other=0.0).to(tl.float32)
     C = tl.load(inputs + inner + (GROUPS + group) * STATE + n, mask=in_state, other=0.0).to(tl.float32)
     dt = tl.load(projected + row * STRIDE + inner + conv_dim + head).to(tl.float32)
-    dt = _softplus(dt + tl.load(dt_bias + head))
-    dt = tl.where(dt < TIME_STEP_MIN, TIME_STEP_MIN, dt)  # unlike a maximum, keeps NaN
+    bias, rate, skip = tl.load(dt_bias + head), tl.load(A + head), tl.load(D + head)
 
-    state = state * tl.exp(dt * tl.load(A + head)) + (x * dt)[:, None] * B[None, :]
+    dt = _softplus(dt + bias)
+    dt = tl.where(dt < TIME_STEP_MIN, TIME_STEP_MIN, dt)  # unlike a maximum, keeps NaN
+    state = state * tl.exp(dt * rate) + (x * dt)[:, None] * B[None, :]
     tl.store(address, state, mask=inside)
-    out = tl.sum(state * C[None, :], 1) + x * tl.load(D + head)
+    out = tl.sum(state * C[None, :], 1) + x * skip
     tl.store(y + row * inner + head * HEAD_DIM + p, out.to(y.dtype.element_ty), mask=in_head)

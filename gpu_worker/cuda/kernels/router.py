@@ -1,0 +1,123 @@
+"""The router of a MoE block: scores of all experts, the best k of them, and their weights.
+
+Two kernels. The first is a product with a float32 matrix, one expert a program: 128 experts just fill a GPU
+of 132 multiprocessors, and a program reads its 11 KB at once. The second ranks a row's experts by counting,
+for each, those ahead of it: no loop over ranks, and ties are settled. Not done here: groups of experts
+(`usable`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.model_config import ModelConfig
+from gpu_worker.model.moe import route
+
+_ROWS = 4  # a program, whatever the batch: the order of a row's sums must not depend on who is beside it
+_COLUMNS = 1024  # of the hidden size at a time
+_OTHERS = 32  # experts that all are compared with at a time
+
+
+def usable(config: ModelConfig) -> bool:
+    """Whether `router` can do it: all experts are open to every row."""
+    return config.n_group <= config.topk_group
+
+
+def router_plain(
+    x: Tensor,
+    weight: Tensor,
+    e_score_correction_bias: Tensor,
+    config: ModelConfig,
+    choices: Tensor,
+    weights: Tensor,
+) -> None:
+    """x (rows, hidden) to choices (rows, k) int64, best first, and their weights (rows, k) float32.
+
+    weight (experts, hidden) and e_score_correction_bias (experts,) are float32. Ties go to the lower index,
+    which PyTorch does not promise and the kernel does.
+    """
+    chosen, of_chosen = route(x, weight, e_score_correction_bias, config)
+    choices.copy_(chosen)
+    weights.copy_(of_chosen)
+
+
+def router(
+    x: Tensor,
+    weight: Tensor,
+    e_score_correction_bias: Tensor,
+    config: ModelConfig,
+    choices: Tensor,
+    weights: Tensor,
+) -> None:
+    """As `router_plain`, where `usable`; x may have any stride between rows, all else is contiguous.
+
+    Choices are k different experts even where scores are no numbers, so that nothing is read out of bounds.
+    """
+    (rows, hidden), experts = x.shape, weight.shape[0]
+    logits = x.new_empty(rows, experts, dtype=torch.float32)
+    _logits_kernel[(experts, triton.cdiv(rows, _ROWS))](
+        x, weight, logits, rows,
+        STRIDE=x.stride(0), HIDDEN=hidden, EXPERTS=experts, ROWS=_ROWS,
+        COLUMNS=min(_COLUMNS, triton.next_power_of_2(hidden)),
+    )  # fmt: skip
+    _choice_kernel[(rows,)](
+        logits, e_score_correction_bias, choices, weights,
+        EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), OTHERS=_OTHERS, TOP_K=choices.shape[1],
+        NORMALISED=config.norm_topk_prob, SCALING=config.routed_scaling_factor,
+    )  # fmt: skip
+
+
+# Left to itself Triton compiles another kernel for one row, whose sums might be ordered differently.
+@triton.jit(do_not_specialize=["rows"])
+def _logits_kernel(
+    x, weight, logits, rows,
+    STRIDE: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.static_range(0, HIDDEN, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
+        gate = tl.load(weight + expert * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+        values = tl.load(x + row[:, None] * STRIDE + column[None, :], mask=inside, other=0.0)
+        products += values.to(tl.float32) * gate[None, :]
+    tl.store(logits + row * EXPERTS + expert, tl.sum(products, 1), mask=row < rows)
+
+
+@triton.jit
+def _scored(logits, bias, expert, EXPERTS: tl.constexpr):
+    """Scores of a row's experts, and what decides the choice."""
+    inside = expert < EXPERTS
+    score = tl.sigmoid(tl.load(logits + expert, mask=inside, other=0.0))
+    for_choice = score + tl.load(bias + expert, mask=inside, other=0.0)
+    # NaN is ahead of nothing and nothing of it: left in, experts would share ranks, and some stay empty.
+    return score, tl.where(inside & (for_choice == for_choice), for_choice, float("-inf"))
+
+
+@triton.jit
+def _choice_kernel(
+    logits, bias, choices, weights,
+    EXPERTS: tl.constexpr, WIDTH: tl.constexpr, OTHERS: tl.constexpr, TOP_K: tl.constexpr,
+    NORMALISED: tl.constexpr, SCALING: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    expert = tl.arange(0, WIDTH)
+    score, for_choice = _scored(logits + row * EXPERTS, bias, expert, EXPERTS)
+    mine = for_choice[:, None]
+    rank = tl.zeros([WIDTH], tl.int32)
+    for start in tl.static_range(0, EXPERTS, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        _, of_others = _scored(logits + row * EXPERTS, bias, other, EXPERTS)
+        theirs, earlier = of_others[None, :], other[None, :] < expert[:, None]
+        ahead = (theirs > mine) | ((theirs == mine) & earlier)
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    chosen = rank < TOP_K
+    if NORMALISED:
+        score = score / (tl.sum(tl.where(chosen, score, 0.0), 0) + 1e-20)
+    tl.store(choices + row * TOP_K + rank, expert.to(tl.int64), mask=chosen)
+    tl.store(weights + row * TOP_K + rank, score * SCALING, mask=chosen)

@@ -1,0 +1,127 @@
+"""The router's kernels against their plain twin, and what the twin leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.model_config import ModelConfig
+from gpu_worker.cuda.kernels.router import router, router_plain, usable
+from tests.helpers.models import tiny_config
+
+CONFIG = ModelConfig.from_dict(tiny_config(n_routed_experts=8, num_experts_per_tok=3))
+SHAPES = [(1, 3, 1, 1), (3, 48, 8, 3), (6, 130, 13, 13), (2, 1030, 40, 6)]  # rows, hidden, experts, k
+
+
+class Gate:
+    """A drawn router of one block, and rows for it."""
+
+    def __init__(self, device: torch.device, hidden: int, experts: int, k: int, **changes: Any) -> None:
+        self._generator, self._device = torch.Generator().manual_seed(hidden), device
+        self.config = replace(CONFIG, n_routed_experts=experts, num_experts_per_tok=k, **changes)
+        self.weight = self.draw(experts, hidden) * 2 / hidden**0.5
+        self.bias = self.draw(experts) / 5
+
+    def draw(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self._generator).to(self._device, dtype)
+
+    def route(self, form: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        choices = torch.full((len(x), self.config.num_experts_per_tok), -1, device=self._device)
+        weights = torch.full(choices.shape, torch.nan, device=self._device)
+        form(x, self.weight, self.bias, self.config, choices, weights)
+        return choices, weights
+
+    def check(self, x: Tensor) -> None:
+        choices, weights = self.route(router, x)
+        expected_choices, expected_weights = self.route(router_plain, x)
+        assert torch.equal(choices, expected_choices)
+        torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=0)
+
+
+@pytest.fixture(autouse=True)
+def empty_is_poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a launcher allocates holds NaN until a kernel writes it."""
+    empty = Tensor.new_empty
+
+    def poisoned(*args: Any, **named: Any) -> Tensor:
+        made = empty(*args, **named)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "hidden", "experts", "k"), SHAPES)
+def test_equals_its_twin(
+    device: torch.device, rows: int, hidden: int, experts: int, k: int, dtype: torch.dtype
+) -> None:
+    gate = Gate(device, hidden, experts, k)
+    gate.check(gate.draw(rows, hidden, dtype=dtype))
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_weights_are_normalised_or_not_and_scaled(device: torch.device, normalised: bool) -> None:
+    gate = Gate(device, 48, 8, 3, norm_topk_prob=normalised, routed_scaling_factor=1.7)
+    gate.check(gate.draw(2, 48))
+
+
+def test_real_widths(device: torch.device) -> None:
+    gate = Gate(device, 2688, 128, 6)
+    gate.check(gate.draw(2, 2688, dtype=torch.bfloat16))
+
+
+def test_rows_alone_and_together_are_the_same_bits(device: torch.device) -> None:
+    gate = Gate(device, 130, 8, 3)
+    x = gate.draw(6, 130, dtype=torch.bfloat16)
+    together = gate.route(router, x)
+    alone = [gate.route(router, row[None].clone()) for row in x]
+    for i, whole in enumerate(together):
+        assert torch.equal(whole, gate.route(router, x)[i])
+        assert torch.equal(whole, torch.cat([one[i] for one in alone]))
+
+
+def test_rows_of_a_larger_tensor(device: torch.device) -> None:
+    gate = Gate(device, 48, 8, 3)
+    gate.check(gate.draw(3, 100)[:, 5:53])
+
+
+def test_ties_go_to_the_lower_index(device: torch.device) -> None:
+    gate = Gate(device, 8, 37, 5)
+    gate.weight.zero_()
+    gate.bias.zero_()
+    gate.bias[[30, 4]] = 0.5  # these two are ahead, and equal to each other
+    choices, weights = gate.route(router, gate.draw(2, 8))
+    assert choices.tolist() == [[4, 30, 0, 1, 2]] * 2
+    torch.testing.assert_close(weights, torch.full_like(weights, 2.5 / 5))
+
+
+def test_the_bias_takes_part_in_the_choice_only(device: torch.device) -> None:
+    gate = Gate(device, 48, 8, 3, norm_topk_prob=False)
+    x = gate.draw(1, 48)
+    gate.bias.copy_(torch.tensor([-9.0, 0, 7, 0, 9, 0, 0, 8]))
+    choices, weights = gate.route(router, x)
+    scores = (x @ gate.weight.T).sigmoid() * gate.config.routed_scaling_factor
+    assert choices.tolist() == [[4, 7, 2]]
+    torch.testing.assert_close(weights, scores[:, [4, 7, 2]])
+
+
+@pytest.mark.parametrize("lost", [[1], list(range(8))], ids=["one expert", "all experts"])
+def test_scores_that_are_no_numbers_still_give_different_experts(
+    device: torch.device, lost: list[int]
+) -> None:
+    gate = Gate(device, 48, 8, 3)
+    gate.weight[lost] = torch.nan
+    choices, _ = gate.route(router, gate.draw(2, 48))
+    for row in choices.tolist():
+        assert (
+            len(set(row)) == 3 and set(row) <= set(range(8)) and (len(lost) > 1 or not set(lost) & set(row))
+        )
+
+
+def test_groups_of_experts_are_not_supported() -> None:
+    assert usable(CONFIG) and usable(replace(CONFIG, n_group=4, topk_group=4))
+    assert not usable(replace(CONFIG, n_group=4, topk_group=2))
