@@ -31,8 +31,7 @@ class NemotronH:
     def __init__(self, config: ModelConfig, weights: ModelWeights, experts: RoutedExperts) -> None:
         self.config, self.weights = config, weights
         self.times = PartTimes()
-        mixers = _mixers(config, weights, experts)
-        self.blocks = list(zip(config.pattern, weights.blocks, mixers, strict=True))
+        self.blocks = list(zip(weights.blocks, _mixers(config, weights, experts), strict=True))
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, sequence: int, pools: StatePools) -> Tensor:
@@ -73,7 +72,7 @@ class NemotronH:
     def _run(self, tokens: Tensor, step: Step) -> Tensor:
         epsilon = self.config.layer_norm_epsilon
         hidden = F.embedding(tokens, self.weights.embeddings).to(self.weights.norm_f.dtype)
-        for kind, block, mixer in self.blocks:
+        for kind, (block, mixer) in zip(self.config.pattern, self.blocks, strict=True):
             with self.times.spent_in(kind):
                 hidden = hidden + mixer(rms_norm(hidden, block.norm, epsilon), step)
         return rms_norm(hidden, self.weights.norm_f, epsilon)

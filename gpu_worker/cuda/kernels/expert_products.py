@@ -115,7 +115,10 @@ def _packed_kernel(
     x_row = x + (pair // k).to(tl.int64) * (BLOCKS * 128)
     total = tl.zeros([OUTS, AT_ONCE * 16], tl.float32)
     for block in tl.static_range(0, BLOCKS, AT_ONCE):
-        total += tile_products(low, high, norms, codebook, x_row, row, block, word, BITS, BLOCKS, ASSEMBLY)
+        total += tile_products(
+            low, high, norms, codebook, x_row, row, block, word,
+            BITS, BLOCKS, ASSEMBLY, block + AT_ONCE <= BLOCKS,
+        )  # fmt: skip
     tl.store(y + pair.to(tl.int64) * outs + out, tl.sum(total, 1), mask=out < outs)
 
 

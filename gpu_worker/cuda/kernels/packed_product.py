@@ -76,7 +76,10 @@ def _one_row_kernel(
     row, word = tl.minimum(out, outs - 1)[:, None], tl.arange(0, AT_ONCE * 16)[None, :]
     total = tl.zeros([OUTS, AT_ONCE * 16], tl.float32)
     for block in tl.static_range(0, BLOCKS, AT_ONCE):
-        total += tile_products(low, high, norms, codebook, x, row, block, word, BITS, BLOCKS, ASSEMBLY)
+        total += tile_products(
+            low, high, norms, codebook, x, row, block, word,
+            BITS, BLOCKS, ASSEMBLY, block + AT_ONCE <= BLOCKS,
+        )  # fmt: skip
     sums = tl.sum(total, 1)
     if ADD:
         sums += tl.load(residual + out, mask=out < outs, other=0.0).to(tl.float32)
@@ -98,7 +101,7 @@ def _several_rows_kernel(
     total = tl.zeros([ROWS, OUTS, AT_ONCE * 16], tl.float32)
     for block in tl.range(0, BLOCKS, AT_ONCE, num_stages=1):
         valid = block + spread // 16 < BLOCKS
-        even, odd = code_words(low, high, row + spread * 0, block, spread, valid, BITS, BLOCKS)
+        even, odd = code_words(low, high, row + spread * 0, block, spread, valid, BITS, BLOCKS, False)
         place = block * 128 + spread // 16 * 128 + spread % 16
         sums = tl.zeros([ROWS, OUTS, AT_ONCE * 16], tl.float32)
         a, b, c, d = four_centroids(even, codebook, ASSEMBLY)

@@ -58,7 +58,9 @@ class LookUp:
 
 
 @triton.jit
-def _plane_words(plane, row, block, word, valid, WORDS: tl.constexpr, BLOCKS: tl.constexpr):
+def _plane_words(
+    plane, row, block, word, valid, WORDS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
     """Of a plane with WORDS words a block, the one that word `word` has fields in: shape of row x word."""
     place = word // 16 * WORDS + word % 16 % WORDS
     # Four neighbours are one access of 16 bytes, which the compiler cannot see through the remainder.
@@ -68,32 +70,37 @@ def _plane_words(plane, row, block, word, valid, WORDS: tl.constexpr, BLOCKS: tl
         place = tl.max_contiguous(tl.multiple_of(place, [1, 1, 4]), [1, 1, 4])
     # A row may lie 2 GB into a large matrix; within it, 32 bits are enough.
     pointers = plane + row.to(tl.int64) * (BLOCKS * WORDS) + (block * WORDS + place)
+    if FULL:
+        return tl.load(pointers, eviction_policy="evict_first")
     return tl.load(pointers, mask=valid, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
-def code_words(low, high, row, block, word, valid, BITS: tl.constexpr, BLOCKS: tl.constexpr):
+def code_words(
+    low, high, row, block, word, valid, BITS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
     """Codes of four columns a register, as (even, odd): row (outs, 1), word (1, words), valid like both.
 
-    `word` counts from the first word of block `block`, 16 a block, and may reach over several blocks.
+    `word` counts from the first word of block `block`, 16 a block, and may reach over several blocks. FULL:
+    every word is valid, so that nothing has to be masked.
     """
     if BITS == 8:
-        even = _plane_words(low, row, block, word, valid, 32, BLOCKS)
-        odd = _plane_words(low + 16, row, block, word, valid, 32, BLOCKS)
+        even = _plane_words(low, row, block, word, valid, 32, BLOCKS, FULL)
+        odd = _plane_words(low + 16, row, block, word, valid, 32, BLOCKS, FULL)
     elif BITS <= 3:
-        fields = _plane_words(low, row, block, word, valid, 8, BLOCKS) >> (word // 8 % 2 * 2)
+        fields = _plane_words(low, row, block, word, valid, 8, BLOCKS, FULL) >> (word // 8 % 2 * 2)
         even, odd = fields & 0x03030303, (fields >> 4) & 0x03030303
     else:
-        nibbles = _plane_words(low, row, block, word, valid, 16, BLOCKS)
+        nibbles = _plane_words(low, row, block, word, valid, 16, BLOCKS, FULL)
         even, odd = nibbles & 0x0F0F0F0F, (nibbles >> 4) & 0x0F0F0F0F
     if BITS == 3:
-        bit = _plane_words(high, row, block, word, valid, 4, BLOCKS) >> (word // 4 % 4)
+        bit = _plane_words(high, row, block, word, valid, 4, BLOCKS, FULL) >> (word // 4 % 4)
         even, odd = even | ((bit << 2) & 0x04040404), odd | ((bit >> 2) & 0x04040404)
     elif BITS == 5:
-        bit = _plane_words(high, row, block, word, valid, 4, BLOCKS) >> (word // 4 % 4)
+        bit = _plane_words(high, row, block, word, valid, 4, BLOCKS, FULL) >> (word // 4 % 4)
         even, odd = even | ((bit << 4) & 0x10101010), odd | (bit & 0x10101010)
     elif BITS == 6:
-        pair = _plane_words(high, row, block, word, valid, 8, BLOCKS) >> (word // 8 % 2 * 2)
+        pair = _plane_words(high, row, block, word, valid, 8, BLOCKS, FULL) >> (word // 8 % 2 * 2)
         even, odd = even | ((pair << 4) & 0x30303030), odd | (pair & 0x30303030)
     return even, odd
 
@@ -101,7 +108,7 @@ def code_words(low, high, row, block, word, valid, BITS: tl.constexpr, BLOCKS: t
 @triton.jit
 def four_centroids(codes, codebook, ASSEMBLY: tl.constexpr):
     """The centroids of the bytes of `codes`, lowest first."""
-    if ASSEMBLY:
+    if ASSEMBLY != "":
         table = tl.zeros_like(codes).to(tl.int64) + codebook.to(tl.int64)
         a, b, c, d = tl.inline_asm_elementwise(
             ASSEMBLY, "=f,=f,=f,=f,r,l", [codes, table],
@@ -117,7 +124,7 @@ def four_centroids(codes, codebook, ASSEMBLY: tl.constexpr):
 def _four_products(codes, codebook, x0, x1, x2, x3, total, ASSEMBLY: tl.constexpr):
     """total + the centroids of the bytes of `codes` times x0..x3. In one piece of assembly, so that centroids
     need no registers beyond their product."""
-    if ASSEMBLY:
+    if ASSEMBLY != "":
         table = tl.zeros_like(codes).to(tl.int64) + codebook.to(tl.int64)
         return tl.inline_asm_elementwise(
             ASSEMBLY, "=f,r,l,f,f,f,f,f", [codes, table, x0, x1, x2, x3, total],
@@ -128,42 +135,47 @@ def _four_products(codes, codebook, x0, x1, x2, x3, total, ASSEMBLY: tl.constexp
 
 
 @triton.jit
-def _activations(x, block, word, valid, FIELD: tl.constexpr):
-    """Field FIELD of eight of each word's activations, which lie in the products' order."""
-    return tl.load(x + block * 128 + word // 16 * 128 + FIELD * 16 + word % 16, mask=valid, other=0.0)
+def _read(pointers, valid, FULL: tl.constexpr):
+    if FULL:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=valid, other=0.0)
 
 
 @triton.jit
-def _norms(norms, row, block, word, valid, BLOCKS: tl.constexpr):
-    return tl.load(norms + row.to(tl.int64) * BLOCKS + (block + word // 16), mask=valid, other=0.0).to(
-        tl.float32
-    )
+def _activations(x, block, word, valid, FIELD: tl.constexpr, FULL: tl.constexpr):
+    """Field FIELD of eight of each word's activations, which lie in the products' order."""
+    return _read(x + block * 128 + word // 16 * 128 + FIELD * 16 + word % 16, valid, FULL)
+
+
+@triton.jit
+def _norms(norms, row, block, word, valid, BLOCKS: tl.constexpr, FULL: tl.constexpr):
+    return _read(norms + row.to(tl.int64) * BLOCKS + (block + word // 16), valid, FULL).to(tl.float32)
 
 
 @triton.jit
 def tile_products(
     low, high, norms, codebook, x, row, block, word, BITS: tl.constexpr, BLOCKS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    ASSEMBLY: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Sums over the eight codes of each word, scaled by their block's norm: float32 (outs, words).
 
     low, high: planes as int32 pointers (high is unused where bits have one plane); norms float16; x float32
     pointer to one row of rotated activations; row (outs, 1), word (1, words) from block `block` on. Words
-    beyond the last block count 0.
+    beyond the last block count 0; FULL says that there are none.
     """
-    valid = (block + word // 16 < BLOCKS) & (row >= 0)
-    even, odd = code_words(low, high, row, block, word, valid, BITS, BLOCKS)
     spread = word + row * 0  # every row of the tile reads the same activations: the compiler merges them
+    valid = block + spread // 16 < BLOCKS
+    even, odd = code_words(low, high, row, block, spread, valid, BITS, BLOCKS, FULL)
     sums = _four_products(
         even, codebook,
-        _activations(x, block, spread, valid, 0), _activations(x, block, spread, valid, 2),
-        _activations(x, block, spread, valid, 4), _activations(x, block, spread, valid, 6),
+        _activations(x, block, spread, valid, 0, FULL), _activations(x, block, spread, valid, 2, FULL),
+        _activations(x, block, spread, valid, 4, FULL), _activations(x, block, spread, valid, 6, FULL),
         tl.zeros_like(even).to(tl.float32), ASSEMBLY,
     )  # fmt: skip
     sums = _four_products(
         odd, codebook,
-        _activations(x, block, spread, valid, 1), _activations(x, block, spread, valid, 3),
-        _activations(x, block, spread, valid, 5), _activations(x, block, spread, valid, 7),
+        _activations(x, block, spread, valid, 1, FULL), _activations(x, block, spread, valid, 3, FULL),
+        _activations(x, block, spread, valid, 5, FULL), _activations(x, block, spread, valid, 7, FULL),
         sums, ASSEMBLY,
     )  # fmt: skip
-    return sums * _norms(norms, row, block, spread, valid, BLOCKS)
+    return sums * _norms(norms, row, block, spread, valid, BLOCKS, FULL)
