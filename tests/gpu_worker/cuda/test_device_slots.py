@@ -1,0 +1,202 @@
+"""The slot cache on the device takes the host's decisions, hit for hit and slot for slot."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gpu_worker.cuda.device_slots import DeviceSlots, LayerState
+from gpu_worker.slots.cache import LayerSlots
+from gpu_worker.slots.policies import POLICIES, Policy
+
+EXPERTS, RANKS, STRIDE = 40, 6, 4096
+
+
+class HostSlots:
+    """The twin: `LayerSlots` driven as `SlotExperts` does for a step that fits."""
+
+    def __init__(self, layers: int, slots: int, policy: Policy) -> None:
+        self.layers = [LayerSlots(slots, policy) for _ in range(layers)]
+        self.hits = self.misses = 0
+
+    def resolve(self, layer: int, choices: torch.Tensor) -> list[list[int]]:
+        slots, needed = self.layers[layer], sorted(set(choices.flatten().tolist()))
+        slots.tick()
+        hits = [expert for expert in needed if slots.lookup(expert) is not None]
+        missing = [expert for expert in needed if slots.lookup(expert) is None]
+        self.hits, self.misses = self.hits + len(hits), self.misses + len(missing)
+        for expert in hits:
+            slots.touch(expert)
+            slots.pin(expert)
+        for expert in missing:
+            slots.reserve(expert)
+        for expert in missing:
+            slots.publish(expert)
+        for expert in hits:
+            slots.unpin(expert)
+        return [[slots.place(expert) for expert in row] for row in choices.tolist()]
+
+    def snapshot(self) -> list[LayerState]:
+        return [self._layer(slots) for slots in self.layers]
+
+    @staticmethod
+    def _layer(slots: LayerSlots) -> LayerState:
+        experts = [-1] * slots.slots
+        for expert in range(EXPERTS):
+            if (slot := slots.lookup(expert)) is not None:
+                experts[slot] = expert
+        return LayerState(slots._clock, experts, slots._usage)
+
+
+def arena_of(layers: int, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames (layers * EXPERTS, STRIDE) of distinct bytes, and whose they are: (layers, EXPERTS)."""
+    draw, count = torch.Generator().manual_seed(seed), layers * EXPERTS
+    frame_of = torch.randperm(count, generator=draw).view(layers, EXPERTS)
+    arena = torch.empty(count, STRIDE, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    arena.view(torch.int32)[frame_of.flatten()] = torch.arange(count, dtype=torch.int32)[:, None]
+    return arena, frame_of
+
+
+def device_slots(layers: int, slots: int, policy: str, device: torch.device) -> DeviceSlots:
+    return DeviceSlots(layers, EXPERTS, slots, STRIDE, policy, 4 * RANKS, device)
+
+
+def trace(layers: int, slots: int, seed: int, steps: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Layers in turn, 1 to 4 rows of RANKS experts, skewed, as many rows as the slots hold."""
+    draw = torch.Generator().manual_seed(seed)
+    weights = torch.arange(1, EXPERTS + 1) ** -torch.rand(layers, 1, generator=draw).mul(2)
+    weights = torch.stack([row[torch.randperm(EXPERTS, generator=draw)] for row in weights])
+    for step in range(steps):
+        layer, rows = step % layers, int(torch.randint(1, 5, (), generator=draw))
+        choices = torch.multinomial(weights[layer].expand(rows, -1), RANKS, generator=draw)
+        while len(choices.unique()) > slots:
+            choices = choices[:-1]
+        yield layer, choices
+
+
+def check_records(device: DeviceSlots) -> None:
+    """Every slot that holds an expert holds that expert's bytes."""
+    for layer, state in enumerate(device.snapshot()):
+        first = device.pool[layer].view(torch.int32)[:, [0, -1]].tolist()
+        for slot, expert in enumerate(state.experts):
+            assert expert < 0 or first[slot] == [layer * EXPERTS + expert] * 2
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    policy=st.sampled_from(sorted(POLICIES)),
+    layers=st.integers(1, 3),
+    slots=st.integers(RANKS, 32),
+    seed=st.integers(0, 2**32),
+)
+def test_decisions_are_the_hosts(
+    device: torch.device, policy: str, layers: int, slots: int, seed: int
+) -> None:
+    here, host = device_slots(layers, slots, policy, device), HostSlots(layers, slots, POLICIES[policy])
+    for layer, choices in trace(layers, slots, seed, steps=14):
+        assert here.resolve(layer, choices.to(device)).tolist() == host.resolve(layer, choices)
+        assert here.snapshot() == host.snapshot()
+        counted = here.counters()
+        assert (counted.hits, counted.misses) == (host.hits, host.misses)
+        assert counted.bytes_fetched == host.misses * STRIDE
+        here.check_integrity()
+
+
+def test_slots_hold_the_records_of_their_experts(device: torch.device) -> None:
+    here = device_slots(2, 10, "lru", device)
+    arena, frame_of = arena_of(2, device)
+    here.attach(arena.data_ptr(), frame_of)
+    for layer, choices in trace(2, 10, seed=3, steps=20):
+        here.resolve(layer, choices.to(device))
+        here.fetch(layer, blocks=2)
+        check_records(here)
+    assert here.counters().misses > 2 * 10, "nothing was evicted"
+
+
+def higher_of_equals(policy: Policy) -> Policy:
+    """The policy with its ties broken the other way: slots are shown to it under mirrored numbers."""
+
+    def mirrored(clock: int, candidates) -> int:
+        return -policy(clock, [(-slot, usage) for slot, usage in reversed(list(candidates))])
+
+    return mirrored
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_ties_decide(device: torch.device, policy: str) -> None:
+    """The traces above have ties: broken the other way, the decisions are others."""
+    right, wrong = (HostSlots(2, 12, rule) for rule in (POLICIES[policy], higher_of_equals(POLICIES[policy])))
+    here = device_slots(2, 12, policy, device)
+    differs = 0
+    for layer, choices in trace(2, 12, seed=1, steps=20):
+        places = here.resolve(layer, choices.to(device)).tolist()
+        assert places == right.resolve(layer, choices)
+        differs += places != wrong.resolve(layer, choices)
+    assert differs > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_going_on_from_the_host(device: torch.device, policy: str) -> None:
+    """A trace that the host began, and that moves to other slots half-way, goes on as if it had not."""
+    host, here = HostSlots(2, 10, POLICIES[policy]), device_slots(2, 10, policy, device)
+    for step, (layer, choices) in enumerate(trace(2, 10, seed=2, steps=24)):
+        if step == 8:
+            here.restore(host.snapshot())
+        if step == 16:
+            here, before = device_slots(2, 10, policy, device), here
+            here.restore(before.snapshot())
+        places = host.resolve(layer, choices)
+        if step >= 8:
+            assert here.resolve(layer, choices.to(device)).tolist() == places
+            here.check_integrity()
+    assert here.snapshot() == host.snapshot()
+
+
+def test_the_arena_of_a_successor(device: torch.device) -> None:
+    """After a store came back, records are taken from where they lie now, through the same buffers."""
+    here = device_slots(1, RANKS, "lru", device)
+    buffers = [here.arena_base.data_ptr(), here.frame_of.data_ptr()]
+    for first, seed in ((0, 1), (RANKS, 2)):
+        arena, frame_of = arena_of(1, device, seed)
+        here.attach(arena.data_ptr(), frame_of)
+        here.resolve(0, torch.arange(first, first + RANKS, device=device)[None])
+        here.fetch(0)
+        check_records(here)
+    assert buffers == [here.arena_base.data_ptr(), here.frame_of.data_ptr()]
+
+
+@pytest.mark.gpu
+def test_a_captured_step(device: torch.device) -> None:
+    """Replayed with other choices in the same buffer, a graph goes on from what the last replay left."""
+    if device.type != "cuda":
+        pytest.skip("graphs are CUDA's")
+    host, here = HostSlots(1, 10, POLICIES["lfru"]), device_slots(1, 10, "lfru", device)
+    arena, frame_of = arena_of(1, device)
+    here.attach(arena.data_ptr(), frame_of)
+    rows = [choices[:1] for _, choices in trace(1, 10, seed=4, steps=20)]
+    choices = rows[0].to(device)
+    host.resolve(0, rows[0])
+    here.resolve(0, choices)  # compiles, which a capture does not survive
+    here.fetch(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        places = here.resolve(0, choices)
+        here.fetch(0)
+    for row in rows[1:]:
+        choices.copy_(row)
+        graph.replay()
+        assert places.tolist() == host.resolve(0, row)
+        assert here.snapshot() == host.snapshot()
+        check_records(here)
+
+
+@pytest.mark.parametrize("table", ["slot_of", "expert_of", "last_used"])
+def test_a_damaged_directory_is_noticed(device: torch.device, table: str) -> None:
+    here = device_slots(1, RANKS, "lru", device)
+    here.resolve(0, torch.arange(RANKS, device=device)[None])
+    here.check_integrity()
+    getattr(here.directory, table)[0, 3] += 2
+    with pytest.raises(AssertionError):
+        here.check_integrity()
