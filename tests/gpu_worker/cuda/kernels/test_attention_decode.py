@@ -16,7 +16,7 @@ SEQUENCES, CONTEXT = 5, 150
 SPLITS = module._SPLITS
 # Triton's interpreter cuts bfloat16 off where a GPU rounds: weights and the result come out up to 2^-8 short.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-SHAPES = [(4, 2, 16), (3, 1, 24), (34, 2, 8), (2, 2, 33)]  # heads, kv heads, head dim
+SHAPES = [(4, 2, 16), (3, 1, 24), (17, 1, 8), (2, 2, 33)]  # heads, kv heads, head dim
 
 
 class Pools:
@@ -74,17 +74,23 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SPLITS", 2)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_its_twin(device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    pools = Pools(device, dtype, shape)
+def test_equals_its_twin(device: torch.device, shape: tuple[int, int, int]) -> None:
+    pools = Pools(device, torch.float32, shape)
     pools.check(pools.token(3), [4, 0, 2], [0, CONTEXT - 1, 77])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_lengths_around_the_edges_of_blocks_and_shares(device: torch.device, dtype: torch.dtype) -> None:
+def test_equals_its_twin_in_sixteen_bits(device: torch.device) -> None:
+    pools = Pools(device, torch.bfloat16, SHAPES[0])
+    pools.check(pools.token(3), [1, 4, 3], [0, CONTEXT - 1, 77])
+
+
+@pytest.mark.parametrize(("dtype", "block"), [(torch.float32, 32), (torch.bfloat16, 64)], ids=str)
+def test_lengths_around_the_edges_of_blocks_and_shares(
+    device: torch.device, dtype: torch.dtype, block: int
+) -> None:
     pools = Pools(device, dtype, (2, 1, 16))
-    for position in (1, 31, 32, 33, 63, 64, 65, 127, 128, 129):
+    for position in (1, block - 1, block, block + 1, 2 * block, 2 * block + 1):
         pools.check(pools.token(1), [3], [position])
 
 
@@ -96,7 +102,7 @@ def test_real_widths(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_rows_alone_and_together_are_the_same_bits(device: torch.device, dtype: torch.dtype) -> None:
-    pools = Pools(device, dtype, (4, 2, 16))
+    pools = Pools(device, dtype, (2, 1, 16))
     token, places, positions = pools.token(3), [4, 0, 2], [140, 0, 66]
     together = pools.attend(attention_decode, token, places, positions)
     for again, first in zip(pools.attend(attention_decode, token, places, positions), together, strict=True):
