@@ -16,10 +16,10 @@ from torch import Tensor
 from common.hlwq.planes import RAW_BITS, padded
 from common.record import MatrixLayout
 from gpu_worker.cuda.kernels.packed_product import product_plain
-from gpu_worker.cuda.kernels.packed_words import LookUp, tile_products
+from gpu_worker.cuda.kernels.packed_words import INTERPRETED, LookUp, tile_products
 
-_TILE = {"OUTS": 4, "AT_ONCE": 8, "num_warps": 1}  # as in `packed_product`
-_RAW_TILE = {"OUTS": 4, "WIDTH": 512, "num_warps": 4}
+_TILE = {"OUTS": 64 if INTERPRETED else 2, "AT_ONCE": 8, "num_warps": 1}  # see `packed_product`
+_RAW_TILE = {"OUTS": 64 if INTERPRETED else 4, "WIDTH": 512, "num_warps": 4}
 
 
 def expert_products_plain(x: Tensor, layout: MatrixLayout, pool: Tensor, slot_ids: Tensor, k: int) -> Tensor:

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK
-from gpu_worker.cuda.kernels.packed_words import LookUp, code_words, four_centroids, tile_products
+from gpu_worker.cuda.kernels.packed_words import (
+    INTERPRETED,
+    LookUp,
+    code_words,
+    four_centroids,
+    tile_products,
+)
 from gpu_worker.cuda.kernels.rotation import product_order
 
 MAX_ROWS = 16
@@ -62,9 +68,10 @@ class PackedProduct:
         return y
 
 
-# Outputs a program, blocks at once, and warps, as measured best on an H100.
-_ONE = {"OUTS": 4, "AT_ONCE": 8, "num_warps": 1}
-_SEVERAL = {"OUTS": 4, "AT_ONCE": 8, "num_warps": 4}
+# Outputs a program, blocks at once, and warps, as measured best on an H100. The interpreter takes as long for
+# a program of many outputs as for one of few.
+_ONE = {"OUTS": 64 if INTERPRETED else 4, "AT_ONCE": 8, "num_warps": 1}
+_SEVERAL = {"OUTS": 64 if INTERPRETED else 4, "AT_ONCE": 8, "num_warps": 2}
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from common.hlwq.planes import PLANE_WIDTHS
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as it is when kernels are defined
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as it is when kernels are defined
 
 # Four look-ups and their products: $0 = $7 + sum of centroid(byte i of $1) * x_i for x_0..x_3 in $3..$6.
 # $2 is the codebook. The compiler moves the load of this lane's centroid out of loops.
@@ -51,7 +51,7 @@ class LookUp:
     def __init__(self, bits: int) -> None:
         assert bits in PLANE_WIDTHS
         self.bits = bits
-        shuffled = bits <= 5 and not _INTERPRETED
+        shuffled = bits <= 5 and not INTERPRETED
         last = (1 << bits) - 1  # lanes beyond a small codebook repeat it, so that none reads what follows it
         self.products = _FOUR_PRODUCTS.format(last=last) if shuffled else ""
         self.centroids = _FOUR_CENTROIDS.format(last=last) if shuffled else ""
