@@ -63,11 +63,20 @@ def start(
             callback=check_bits_option,
         ),
     ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest prompt and answer together, in tokens; default: the model's.", metavar="N"
+        ),
+    ] = None,
     policy: Annotated[str, typer.Option(help="Which slot to give up: lru or lfru.")] = "lru",
     prefetch: Annotated[
         str,
         typer.Option(help="Hint the next layer's experts to the store: auto (while it pays), on or off."),
     ] = "auto",
+    eager: Annotated[
+        bool, typer.Option("--eager", help="On a GPU, launch kernels one by one instead of by CUDA graphs.")
+    ] = False,
 ) -> None:
     """Attach to an expert store on this machine and serve clients until stopped.
 
@@ -87,6 +96,8 @@ def start(
         policy=policy,
         prefetch=prefetch,
         dense_bits=dense_bits,
+        max_context=max_context,
+        eager=eager,
     )
     claim = AddressClaim(config.listen)
     try:

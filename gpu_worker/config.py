@@ -30,6 +30,8 @@ class WorkerConfig:
     policy: str = "lru"
     prefetch: str = "auto"
     dense_bits: int | None = None
+    max_context: int | None = None  # tokens of prompt and answer together; None: as many as the model takes
+    eager: bool = False  # no captured graphs
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the option."""
@@ -42,6 +44,8 @@ class WorkerConfig:
             raise ConfigError("give --slots or --vram, not both: --vram sets the number of slots")
         if isinstance(self.slots, str) and self.slots != DIRECT:
             raise ConfigError(f"--slots must be a number or {DIRECT}, not {self.slots!r}")
+        if self.max_context is not None and self.max_context < 2:
+            raise ConfigError(f"--max-context must be at least 2, not {self.max_context}")
         if isinstance(self.slots, int) and self.slots < 1:
             raise ConfigError(f"--slots must be at least 1, not {self.slots}")
 

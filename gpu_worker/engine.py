@@ -7,14 +7,16 @@ is the scheduler's choice; what a token becomes is the job's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gpu_worker.model.moe import RoutedExperts
 from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
-from gpu_worker.slots.direct import DirectExperts
-from gpu_worker.slots.routed_experts import SlotExperts
+from gpu_worker.slots.counters import CacheCounters
+from gpu_worker.slots.hints import Hints
 
 # Prompts enter in chunks of this many tokens whatever else happens: where a prompt is cut decides the
 # rounding of its sums, so the cut must depend on the prompt alone.
@@ -23,10 +25,38 @@ PREFILL_CHUNK = 512
 _CONTEXT_STEP = 256
 
 
+class CachedExperts(RoutedExperts, Protocol):
+    """Routed experts with what is told and checked of their cache."""
+
+    hints: Hints
+
+    @property
+    def counters(self) -> CacheCounters:
+        """Since the start."""
+
+    @property
+    def slots(self) -> int:
+        """Slots in each layer; 0 where experts are computed from frames."""
+
+    @property
+    def pinned(self) -> int:
+        """Slots in use by a step."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory that the cache takes."""
+
+    def describe(self) -> str:
+        """The policy in force."""
+
+    def check_integrity(self) -> None:
+        """To be called between steps."""
+
+
 class Engine:
     """Runs steps; knows the places of the pools that are free."""
 
-    def __init__(self, model: NemotronH, pools: StatePools, experts: SlotExperts | DirectExperts) -> None:
+    def __init__(self, model: NemotronH, pools: StatePools, experts: CachedExperts) -> None:
         self.model, self.pools, self.experts = model, pools, experts
         self._free_places = list(range(pools.sequences))
         self._lengths = [0] * pools.sequences  # the host's copy: reading the device's would wait for it
@@ -63,6 +93,9 @@ class Engine:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (rows, hidden_size) to logits (rows, vocab_size) float32."""
         return self.model.logits(hidden)
+
+    def close(self) -> None:
+        """Give back what outlives the engine's own memory; no step may follow."""
 
     def check_integrity(self) -> None:
         """Between requests: every place free, every slot accounted for."""

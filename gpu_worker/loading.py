@@ -65,9 +65,9 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     dtype = resolve_dtype(config, device)
     model = checkpoint.config
     weights = build_weights(_dense(checkpoint, config.dense_bits), model, dtype, device)
-    pools = StatePools(model, SEQUENCES, model.max_position_embeddings, dtype, device)
+    context = min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
+    pools = StatePools(model, SEQUENCES, context, dtype, device)
     fetcher = Fetcher(link)
-    experts = _routed_experts(config, checkpoint, weights, pools, fetcher)
     kernels = f", {native.path()} kernels" if device.type == "cpu" else ""
     log.info("on %s in %s%s; dense weights %s", device, dtype, kernels, format_bytes(weights.nbytes))
     return ServedModel(
@@ -78,7 +78,7 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
         dtype=dtype,
         tokenizer=Tokenizer.from_directory(checkpoint.directory),
         eos_token_ids=_eos_token_ids(checkpoint.directory, model.eos_token_ids),
-        engine=Engine(NemotronH(model, weights, experts), pools, experts),
+        engine=_engine(config, checkpoint, weights, pools, fetcher),
         fetcher=fetcher,
     )
 
@@ -98,23 +98,35 @@ def _dense(checkpoint: PackedCheckpoint, bits: int | None) -> dict[str, Matrix]:
     return dense
 
 
-def _routed_experts(
+def _engine(
     config: WorkerConfig,
     checkpoint: PackedCheckpoint,
     weights: ModelWeights,
     pools: StatePools,
     fetcher: Fetcher,
-) -> SlotExperts | DirectExperts:
-    layout, device = checkpoint.layout, pools.lengths.device
-    other = weights.nbytes + pools.nbytes
-    choice = choose_slots(config, checkpoint.config, layout.stride, other, device)
+) -> Engine:
+    """The engine, by where routed experts are computed: in frames, or in slots of the host or the device."""
+    model, layout, device = checkpoint.config, checkpoint.layout, pools.lengths.device
+    choice = choose_slots(config, model, layout.stride, weights.nbytes + pools.nbytes, device)
     hints = Hints(config.prefetch, fetcher)
+    if device.type == "cuda" and choice.slots is not None:
+        if fetcher.all_fit() and choice.slots >= SEQUENCES * model.num_experts_per_tok:
+            from gpu_worker.cuda.loading import device_engine  # Triton is for those who have a GPU
+
+            log.info("%d slots a layer (%s)", choice.slots, choice.reason)
+            cache = choice.slots, config.policy, config.eager
+            return device_engine(weights, pools, layout, *cache, fetcher, hints, model)
+        log.warning(
+            "the host drives the slot cache: the store lacks frames, or slots are fewer than a token needs"
+        )
+    experts: SlotExperts | DirectExperts
     if choice.slots is None:
         log.info("no slots (%s)", choice.reason)
-        return DirectExperts(layout, fetcher, hints)
-    experts = SlotExperts(layout, choice.slots, config.policy, fetcher, hints, device)
-    log.info("%d slots a layer (%s): %s", choice.slots, choice.reason, format_bytes(experts.nbytes))
-    return experts
+        experts = DirectExperts(layout, fetcher, hints)
+    else:
+        experts = SlotExperts(layout, choice.slots, config.policy, fetcher, hints, device)
+        log.info("%d slots a layer (%s): %s", choice.slots, choice.reason, format_bytes(experts.nbytes))
+    return Engine(NemotronH(model, weights, experts), pools, experts)
 
 
 def _eos_token_ids(directory: Path, fallback: tuple[int, ...]) -> tuple[int, ...]:

@@ -91,6 +91,7 @@ class Worker:
             if self._scheduler is not None and self._model is not None:
                 if await asyncio.to_thread(self._scheduler.stop, _STEP_TIMEOUT):
                     self._model.fetcher.close()
+                    self._model.engine.close()
                 else:
                     log.error("the step in progress did not end within %g s", _STEP_TIMEOUT)
                     self._exit_status = EXIT_INVARIANT

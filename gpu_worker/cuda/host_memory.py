@@ -6,33 +6,64 @@ measured on an H100. The mapping is read-only and stays so. Not done here: copyi
 
 from __future__ import annotations
 
-import torch
+import time
 
-from common.arena import MappedArena
-from common.errors import ConfigError
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.arena import MappedArena, State
+from common.errors import ConfigError, Unavailable
 from common.units import format_bytes
 
 _MAPPED, _READ_ONLY = 2, 8  # cudaHostRegisterMapped, cudaHostRegisterReadOnly
+_POLL_SECONDS = 0.05
 
 
 class RegisteredArena:
-    """Owns the registration of an arena's frames; the arena must outlive it."""
+    """Owns the registration of a full arena's frames with CUDA; nothing is registered for a CPU.
 
-    def __init__(self, arena: MappedArena) -> None:
+    Memory can be registered once at a time, so one of these must be closed before the next is made.
+    """
+
+    def __init__(self, arena: MappedArena, device: torch.device) -> None:
         """Raises ConfigError when the driver cannot register memory that is mapped read-only."""
-        self.arena = arena
-        frames = arena.frames
-        code = torch.cuda.cudart().cudaHostRegister(frames.data_ptr(), frames.nbytes, _MAPPED | _READ_ONLY)
-        if code != torch.cuda.cudart().cudaError.success:
-            raise ConfigError(
-                f"CUDA cannot register the store's {format_bytes(frames.nbytes)} of experts ({code}); "
-                "use --device cpu"
-            )
+        self._arena = arena
+        self._registered = device.type == "cuda"
+        if self._registered:
+            frames, runtime = arena.frames, torch.cuda.cudart()
+            code = runtime.cudaHostRegister(frames.data_ptr(), frames.nbytes, _MAPPED | _READ_ONLY)
+            if code != runtime.cudaError.success:
+                raise ConfigError(
+                    f"CUDA cannot register the store's {format_bytes(frames.nbytes)} of experts ({code}); "
+                    "use --device cpu"
+                )
+
+    @property
+    def frames(self) -> Tensor:
+        """(frames, stride) uint8, on the host."""
+        return self._arena.frames
 
     @property
     def address(self) -> int:
         """Of frame 0, on the device: with unified addressing that of the host."""
-        return self.arena.frames.data_ptr()
+        return self.frames.data_ptr()
+
+    def frame_of(self) -> Tensor:
+        """Where each expert lies: (layers, experts) int32. All are READY, and stay where they are."""
+        words = np.array(self._arena.words)
+        assert ((words & 3) == State.READY).all(), "an expert is not READY"
+        return torch.from_numpy((words >> 2 & 0x3FFFFFFF).astype(np.int32))
 
     def close(self) -> None:
-        torch.cuda.cudart().cudaHostUnregister(self.address)
+        if self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def wait_until_full(arena: MappedArena, timeout: float) -> None:
+    """Return once the store has read every expert; Unavailable when that takes over `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while missing := int(((np.array(arena.words) & 3) != State.READY).sum()):
+        if time.monotonic() > deadline:
+            raise Unavailable(f"the store has not read {missing} experts after {timeout:.0f} s")
+        time.sleep(_POLL_SECONDS)

@@ -1,8 +1,7 @@
-"""Where a decode step's routed experts come from: slots resolved on the device, or waves driven by the host.
+"""What a decode step wants of routed experts, and how these are computed from slots.
 
-Both hand the same records to the same kernels pair by pair, so they give the same bits. The first never waits
-for the host and can be captured; the second serves when the store lacks frames, or when a step needs more
-experts than there are slots. Not done here: combining the pairs, and prompts.
+Whoever fills the slots hands the same records to the same kernels, pair by pair, so that where a record lies
+changes no bit. Not done here: filling slots (`experts`), combining the pairs, and prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from common.hlwq.planes import RAW_BITS
 from common.record import RecordLayout, RecordLayouts
-from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.kernels.expert_products import ExpertProducts
 from gpu_worker.cuda.linear import Activations, squared_relu
 
@@ -43,20 +41,6 @@ def _wanted(x: Activations, projection: ExpertProducts) -> Tensor:
     form = x.plain if projection.layout.bits == RAW_BITS else x.rotated
     assert form is not None
     return form
-
-
-class ResolvedExperts:
-    """Looks up, fetches and computes without the host; every frame of the store is READY."""
-
-    def __init__(self, layouts: RecordLayouts, slots: DeviceSlots, fetch_blocks: int) -> None:
-        self.slots = slots
-        self._kernels = kernels_of(layouts)
-        self._fetch_blocks = fetch_blocks
-
-    def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
-        slot_ids = self.slots.resolve(layer, choices)
-        self.slots.fetch(layer, self._fetch_blocks)
-        return self._kernels[layer](x, self.slots.pool[layer], slot_ids.view(-1), choices.shape[1])
 
 
 def kernels_of(layouts: RecordLayouts) -> Sequence[SlotKernels]:

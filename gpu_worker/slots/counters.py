@@ -27,6 +27,11 @@ class CacheCounters:
             *(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self))
         )
 
+    def plus(self, other: CacheCounters) -> CacheCounters:
+        return CacheCounters(
+            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
+        )
+
     @property
     def hit_rate(self) -> float:
         return self.hits / max(1, self.hits + self.misses)

@@ -56,7 +56,21 @@ template <int BITS>
     if constexpr (BITS == 2 || BITS == 4 || BITS == 8) return fields<BITS>(low, group);
 }
 
-// Up to 32 bytes, looked up by the low BITS bits of each byte of an index.
+// How 32 codes are looked up: bytes below 16, and for 5 bits the fifth in the top bit of each byte of `bit4`, where a
+// blend looks at it. Other bits of that are rubbish, which saves masking and merging.
+struct Index {
+    __m256i codes, bit4;
+};
+
+template <int BITS>
+[[gnu::always_inline]] inline Index index_of(const uint8_t* low, const uint8_t* high, int group) {
+    if constexpr (BITS != 5) return {codes<BITS>(low, high, group), _mm256_setzero_si256()};
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)high);
+    const __m256i halves = _mm256_set_m128i(_mm_srli_epi16(bytes, 1), bytes);  // the same for all groups of a block
+    return {fields<4>(low, group), _mm256_sll_epi16(halves, _mm_cvtsi32_si128(7 - group / 16))};
+}
+
+// Up to 32 bytes, looked up by an index of BITS bits.
 template <int BITS>
 struct ByteTable {
     __m256i first, second;
@@ -68,10 +82,10 @@ struct ByteTable {
         second = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(padded + 16)));
     }
 
-    [[gnu::always_inline]] __m256i operator()(__m256i index) const {
-        if constexpr (BITS < 5) return _mm256_shuffle_epi8(first, index);
-        const __m256i bit4 = _mm256_slli_epi16(index, 3);  // to the top of each byte, which a blend looks at
-        return _mm256_blendv_epi8(_mm256_shuffle_epi8(first, index), _mm256_shuffle_epi8(second, index), bit4);
+    [[gnu::always_inline]] __m256i operator()(Index index) const {
+        const __m256i lower = _mm256_shuffle_epi8(first, index.codes);
+        if constexpr (BITS < 5) return lower;
+        return _mm256_blendv_epi8(lower, _mm256_shuffle_epi8(second, index.codes), index.bit4);
     }
 };
 
@@ -82,7 +96,7 @@ struct WordTable {
 
     explicit WordTable(const float* centroids) : WordTable(Bytes(centroids)) {}
 
-    [[gnu::always_inline]] void operator()(__m256i index, Vec w[4]) const {
+    [[gnu::always_inline]] void operator()(Index index, Vec w[4]) const {
         const __m256i low = lower(index), high = upper(index), mask = _mm256_set1_epi32(int32_t(0xffff0000));
         const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
         w[0] = (Vec)_mm256_slli_epi32(first, 16), w[1] = (Vec)_mm256_and_si256(first, mask);
@@ -128,7 +142,7 @@ struct Lookup {
     explicit Lookup(const float* centroids) : upper(centroids), lower(Rest<BITS>(centroids).values) {}
 
     [[gnu::always_inline]] void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
-        const __m256i index = codes<BITS>(low, high, group);
+        const Index index = index_of<BITS>(low, high, group);
         upper(index, w);
         if constexpr (SPLIT) {
             Vec rest[4];

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.hlwq.planes import RAW_BITS, padded
+from common.hlwq.planes import BLOCK, RAW_BITS, padded
 from common.record import MatrixLayout
 from gpu_worker.cuda.kernels.packed_product import product_plain
-from gpu_worker.cuda.kernels.packed_words import INTERPRETED, LookUp, tile_products
+from gpu_worker.cuda.kernels.packed_words import INTERPRETED, LookUp, blocks_at_once, tile_products
 
-_TILE = {"OUTS": 64 if INTERPRETED else 2, "AT_ONCE": 8, "num_warps": 1}  # see `packed_product`
+_TILE = {"OUTS": 64 if INTERPRETED else 2, "num_warps": 1}  # see `packed_product`
 _RAW_TILE = {"OUTS": 64 if INTERPRETED else 4, "WIDTH": 512, "num_warps": 4}
 
 
@@ -61,11 +61,11 @@ class ExpertProducts:
         self._grid = triton.cdiv(layout.out_features, (_RAW_TILE if self._raw else _TILE)["OUTS"])
         if not self._raw:
             assert layout.norms is not None and layout.codebook is not None
-            look_up = LookUp(layout.bits)
+            look_up, blocks = LookUp(layout.bits), padded(layout.in_features) // BLOCK
             self._constants = {
                 "LOW": layout.planes[0].offset, "HIGH": layout.planes[-1].offset,
                 "NORMS": layout.norms.offset, "CODEBOOK": layout.codebook.offset,
-                "BITS": layout.bits, "BLOCKS": padded(layout.in_features) // 128,
+                "BITS": layout.bits, "BLOCKS": blocks, "AT_ONCE": blocks_at_once(blocks),
                 "ASSEMBLY": look_up.products, **_TILE,
             }  # fmt: skip
 

@@ -17,6 +17,7 @@ from common.hlwq.planes import BLOCK
 from gpu_worker.cuda.kernels.packed_words import (
     INTERPRETED,
     LookUp,
+    blocks_at_once,
     code_words,
     four_centroids,
     tile_products,
@@ -56,7 +57,10 @@ class PackedProduct:
         y = torch.empty(rows, outs, dtype=dtype, device=x.device) if out is None else out
         low, high = self._planes[0], self._planes[-1]
         arguments = (low, high, self._norms, self._codebook, x, y, y if residual is None else residual, outs)
-        constants = {"BITS": self._look_up.bits, "BLOCKS": self._blocks, "ADD": residual is not None}
+        constants = {
+            "BITS": self._look_up.bits, "BLOCKS": self._blocks, "AT_ONCE": blocks_at_once(self._blocks),
+            "ADD": residual is not None,
+        }  # fmt: skip
         if rows == 1:
             grid, tile = (triton.cdiv(outs, _ONE["OUTS"]),), _ONE
             _one_row_kernel[grid](*arguments, **constants, **tile, ASSEMBLY=self._look_up.products)
@@ -68,10 +72,10 @@ class PackedProduct:
         return y
 
 
-# Outputs a program, blocks at once, and warps, as measured best on an H100. The interpreter takes as long for
-# a program of many outputs as for one of few.
-_ONE = {"OUTS": 64 if INTERPRETED else 4, "AT_ONCE": 8, "num_warps": 1}
-_SEVERAL = {"OUTS": 64 if INTERPRETED else 4, "AT_ONCE": 8, "num_warps": 2}
+# Outputs a program, and warps, as measured best on an H100. The interpreter takes as long for a program of
+# many outputs as for one of few.
+_ONE = {"OUTS": 64 if INTERPRETED else 4, "num_warps": 1}
+_SEVERAL = {"OUTS": 64 if INTERPRETED else 4, "num_warps": 2}
 
 
 @triton.jit
