@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gpu_worker.cuda.driver import copy_all
+
 
 class StagingBuffer:
     """Owns both halves and the stream that fills them.
@@ -43,12 +45,11 @@ class StagingBuffer:
             yield list(self._halves[number % 2, : len(group)])
 
     def _fill(self, half: int, frames: Sequence[Tensor]) -> torch.cuda.Event | None:
+        pairs = list(zip(frames, self._halves[half], strict=False))
         if self._copies is None:
-            for record, frame in zip(self._halves[half], frames, strict=False):
+            for frame, record in pairs:
                 record.copy_(frame)
             return None
         self._copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies):
-            for record, frame in zip(self._halves[half], frames, strict=False):
-                record.copy_(frame, non_blocking=True)
-            return self._copies.record_event()
+        copy_all(pairs, self._copies)
+        return self._copies.record_event()
