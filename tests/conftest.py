@@ -1,11 +1,19 @@
-"""One thread for tests of small models: on busy cores, several wait for each other five times as long."""
+"""One thread for tests of small models: on busy cores, several wait for each other five times as long.
+
+Kernels of the GPU are tested on one if there is one, else on the CPU under Triton's interpreter, which has to
+be chosen before anything imports Triton.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

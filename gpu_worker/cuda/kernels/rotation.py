@@ -65,22 +65,12 @@ def gated_norm_rotate_plain(
 
 def rotate(x: Tensor) -> Tensor:
     """As `rotate_plain`; x may have any stride between rows."""
-    rows, columns = x.shape
-    y = _rotated_like(x)
-    _rotate_kernel[(rows, y.shape[1])](
-        x, y, columns, x.stride(0), y.stride(0), SQUARED_RELU=False, num_warps=1
-    )
-    return y
+    return _rotated(x, squared_relu=False)
 
 
 def relu2_rotate(x: Tensor) -> Tensor:
-    """As `relu2_rotate_plain`."""
-    rows, columns = x.shape
-    y = _rotated_like(x)
-    _rotate_kernel[(rows, y.shape[1])](
-        x, y, columns, x.stride(0), y.stride(0), SQUARED_RELU=True, num_warps=1
-    )
-    return y
+    """As `relu2_rotate_plain`; x may have any stride between rows."""
+    return _rotated(x, squared_relu=True)
 
 
 def rms_norm_rotate(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -108,6 +98,13 @@ def gated_norm_rotate(
         x, gate, weight, normed, y, columns, gate.stride(0), epsilon, y.stride(0), GROUP=columns // groups
     )
     return normed, y
+
+
+def _rotated(x: Tensor, squared_relu: bool) -> Tensor:
+    (rows, columns), y = x.shape, _rotated_like(x)
+    grid = (rows, y.shape[1])
+    _rotate_kernel[grid](x, y, columns, x.stride(0), y.stride(0), SQUARED_RELU=squared_relu, num_warps=1)
+    return y
 
 
 def _rotated_like(x: Tensor) -> Tensor:

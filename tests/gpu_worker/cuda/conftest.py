@@ -1,14 +1,9 @@
-"""Kernels of the GPU are tested on one if there is one, else on the CPU under Triton's interpreter."""
+"""Where kernels of the GPU are tested: see the conftest of all tests."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
 
 @pytest.fixture(scope="session")

@@ -24,12 +24,12 @@ from tests.helpers.engines import NOWHERE, FixedLink, full_arena, greedy
 from tests.helpers.synth import make_synthetic
 
 SHAPE: dict[str, Any] = {
-    "pattern": "ME*-E", "vocab_size": 128, "hidden_size": 128, "max_position_embeddings": 128,
+    "pattern": "ME*-", "vocab_size": 128, "hidden_size": 128, "max_position_embeddings": 128,
     "num_attention_heads": 2, "num_key_value_heads": 1, "mamba_num_heads": 4, "n_groups": 2,
     "n_routed_experts": 12, "num_experts_per_tok": 2, "moe_shared_expert_intermediate_size": 200,
 }  # fmt: skip
 PROMPT = [(7 * i * i + 3 * i) % 128 for i in range(20)]
-COUNT, ROWS = 3, 2
+COUNT, ROWS = 4, 2
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def test_every_width(bits: int, rows: int, device: torch.device) -> None:
     assert error(y, product_plain(rotate(x), matrix, None, torch.float32)) < 1e-6
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.integers(1, MAX_ROWS),
     outs=st.integers(1, 40),

@@ -41,7 +41,7 @@ def test_norm(x: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("columns", "groups"), [(256, 8), (512, 2), (4096, 8), (384, 3)])
+@pytest.mark.parametrize(("columns", "groups"), [(256, 8), (512, 2), (384, 3)])
 def test_gated_norm(device: torch.device, columns: int, groups: int, dtype: torch.dtype) -> None:
     assert rotation.gated_norm_usable(columns, groups)
     x, projected = (
