@@ -203,6 +203,15 @@ class MappedArena(Arena):
     def is_ready(self, key: ExpertKey) -> bool:
         return self.entry(key).state is State.READY
 
+    def missing(self) -> int:
+        """How many experts are not READY."""
+        return int((self.words & 3 != State.READY).sum())
+
+    def frame_of(self) -> np.ndarray:
+        """The frame of each expert, all of which must be READY: (layers, experts) int32."""
+        assert self.missing() == 0
+        return (self.words >> 2 & 0x3FFFFFFF).astype(np.int32)
+
     def use(self, keys: Sequence[ExpertKey], action: Callable[[list[int], list[Tensor]], None]) -> list[int]:
         """Hand over the frames of those of `keys` that are READY; returns the places in `keys` of the others.
 

@@ -28,11 +28,11 @@ from common.record import ExpertBits, RecordLayouts, record_layouts
 from expert_store.synth.shapes import NEMOTRON_30B, config_json
 from gpu_worker.cuda.decode_model import DecodeModel
 from gpu_worker.cuda.device_slots import DeviceSlots
-from gpu_worker.cuda.step_experts import StepExperts, kernels_of
+from gpu_worker.cuda.step_experts import SlotSteps
 from gpu_worker.model.states import StatePools
 from gpu_worker.model.weights import ModelWeights, build_weights
 
-BITS, CONTEXT, FETCH_BLOCKS = 5, 4096, 16
+BITS, CONTEXT = 5, 4096
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,13 @@ def measure(slots: list[int], batches: list[int], steps: int) -> Iterator[Result
         for batch in batches:
             if min(batch * config.num_experts_per_tok, config.n_routed_experts) <= count:
                 torch.cuda.reset_peak_memory_stats()
-                yield _measure(model, Experts(config, layouts, arena, count, batch), pools, batch, steps)
+                cache = filled_by_device(layouts, arena, count, batch, config.num_experts_per_tok)
+                yield _measure(model, SlotSteps(layouts, cache), cache, pools, batch, steps)
 
 
-def _measure(model: DecodeModel, experts: Experts, pools: StatePools, batch: int, steps: int) -> Result:
+def _measure(
+    model: DecodeModel, experts: SlotSteps, cache: DeviceSlots, pools: StatePools, batch: int, steps: int
+) -> Result:
     device = pools.lengths.device
     tokens, places = torch.zeros(batch, dtype=torch.int64, device=device), torch.arange(batch, device=device)
     pools.lengths.zero_()
@@ -97,13 +100,13 @@ def _measure(model: DecodeModel, experts: Experts, pools: StatePools, batch: int
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         model(tokens, places, pools, experts)
-    warming = 400 if experts.cache.pool.shape[1] == model.config.n_routed_experts else steps
+    warming = 400 if cache.pool.shape[1] == model.config.n_routed_experts else steps
     _replay(graph, tokens, warming, model.config.vocab_size)
-    before = experts.cache.counters()
+    before = cache.counters()
     times = sorted(_replay(graph, tokens, steps, model.config.vocab_size))
-    counted = experts.cache.counters().since(before)
+    counted = cache.counters().since(before)
     moved, peak = counted.bytes_fetched / steps / 1e6, torch.cuda.max_memory_allocated() / 1e9
-    slots = experts.cache.pool.shape[1]
+    slots = cache.pool.shape[1]
     return Result(slots, batch, times[steps // 2], times[0], times[-1], counted.hit_rate, moved, peak)
 
 
@@ -121,23 +124,13 @@ def _replay(graph: torch.cuda.CUDAGraph, tokens: Tensor, steps: int, vocabulary:
     return times
 
 
-class Experts(StepExperts):
-    """Slots that the device fills from an arena that all layers share."""
-
-    def __init__(
-        self, config: ModelConfig, layouts: RecordLayouts, arena: Tensor, slots: int, batch: int
-    ) -> None:
-        shape = (config.num_layers, config.n_routed_experts, slots, layouts.stride)
-        pairs = batch * config.num_experts_per_tok
-        self.cache = DeviceSlots(*shape, "lru", pairs, torch.device("cuda"))
-        frames = torch.arange(config.n_routed_experts, dtype=torch.int32)
-        self.cache.attach(arena.data_ptr(), frames.expand(config.num_layers, -1))
-        self._kernels = kernels_of(layouts)
-
-    def products(self, layer, x, choices):  # type: ignore[no-untyped-def]
-        slot_ids = self.cache.resolve(layer, choices)
-        self.cache.fetch(layer, FETCH_BLOCKS)
-        return self._kernels[layer](x, self.cache.pool[layer], slot_ids.view(-1), choices.shape[1])
+def filled_by_device(layouts: RecordLayouts, arena: Tensor, slots: int, batch: int, k: int) -> DeviceSlots:
+    """Slots that the device fills from an arena (experts, stride) that all layers share."""
+    layers, experts = len(layouts.layers), arena.shape[0]
+    device = torch.device("cuda")
+    cache = DeviceSlots(layers, experts, slots, layouts.stride, "lru", batch * k, device)
+    cache.attach(arena.data_ptr(), torch.arange(experts, dtype=torch.int32).expand(layers, -1))
+    return cache
 
 
 def random_weights(config: ModelConfig, device: torch.device) -> ModelWeights:

@@ -46,4 +46,4 @@ class DeviceEngine(Engine):
 
     @torch.inference_mode()
     def _step(self, tokens: Tensor, places: Tensor) -> Tensor:
-        return self._decode(tokens, places, self.pools, self._device_experts)
+        return self._decode(tokens, places, self.pools, self._device_experts.steps)

@@ -18,20 +18,18 @@ from common.record import RecordLayouts
 from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.host_memory import RegisteredArena
 from gpu_worker.cuda.kernels.slots import ABSENT
-from gpu_worker.cuda.linear import Activations
 from gpu_worker.cuda.staging_buffer import StagingBuffer
-from gpu_worker.cuda.step_experts import kernels_of
+from gpu_worker.cuda.step_experts import SlotSteps
 from gpu_worker.kernels.expert_mlp import combine, expert_mlp
 from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.slots.groups import Groups
 from gpu_worker.slots.hints import Hints
 
 STAGED = 4  # records in each half of the staging buffer: 26 MB, half a millisecond of a PCIe 5 link
-FETCH_BLOCKS = 16  # programs that read the arena in a step; more are not faster, measured on an H100
 
 
 class DeviceExperts:
-    """Implements `RoutedExperts` for prompts and `StepExperts` for decode steps, for the engine's thread."""
+    """Implements `RoutedExperts` for prompts, and has `steps` for decode; for the engine's thread alone."""
 
     pinned = 0  # nothing is held between steps
     wants_hints = False  # every expert is in RAM
@@ -41,10 +39,10 @@ class DeviceExperts:
     ) -> None:
         self.hints, self.cache = hints, cache
         self._layouts, self._arena = layouts, arena
-        self._kernels = kernels_of(layouts)
+        self.steps = SlotSteps(layouts, cache)
         self._staging = StagingBuffer(STAGED, layouts.stride, cache.pool.device)
         self._prompts = CacheCounters()
-        self._frame_of = arena.frame_of()
+        self._frame_of = arena.frame_of
         cache.attach(arena.address, self._frame_of)
 
     @property
@@ -76,12 +74,6 @@ class DeviceExperts:
         if self.cache.pool.is_cuda:
             torch.cuda.synchronize(self.cache.pool.device)
         self._arena.close()
-
-    def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
-        """A decode step's: see `StepExperts`."""
-        slot_ids = self.cache.resolve(layer, choices)
-        self.cache.fetch(layer, FETCH_BLOCKS)
-        return self._kernels[layer](x, self.cache.pool[layer], slot_ids.view(-1), choices.shape[1])
 
     def compute(self, layer: int, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """A prompt's: see `RoutedExperts`. Host-driven: waits for the device once, to learn the choices."""

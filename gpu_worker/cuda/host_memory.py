@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from common.arena import MappedArena, State
+from common.arena import MappedArena
 from common.errors import ConfigError, Unavailable
 from common.units import format_bytes
 
@@ -49,11 +48,10 @@ class RegisteredArena:
         """Of frame 0, on the device: with unified addressing that of the host."""
         return self.frames.data_ptr()
 
+    @property
     def frame_of(self) -> Tensor:
         """Where each expert lies: (layers, experts) int32. All are READY, and stay where they are."""
-        words = np.array(self._arena.words)
-        assert ((words & 3) == State.READY).all(), "an expert is not READY"
-        return torch.from_numpy((words >> 2 & 0x3FFFFFFF).astype(np.int32))
+        return torch.from_numpy(self._arena.frame_of())
 
     def close(self) -> None:
         if self._registered:
@@ -63,7 +61,7 @@ class RegisteredArena:
 def wait_until_full(arena: MappedArena, timeout: float) -> None:
     """Return once the store has read every expert; Unavailable when that takes over `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    while missing := int(((np.array(arena.words) & 3) != State.READY).sum()):
+    while missing := arena.missing():
         if time.monotonic() > deadline:
             raise Unavailable(f"the store has not read {missing} experts after {timeout:.0f} s")
         time.sleep(_POLL_SECONDS)

@@ -1,7 +1,7 @@
 """What a decode step wants of routed experts, and how these are computed from slots.
 
 Whoever fills the slots hands the same records to the same kernels, pair by pair, so that where a record lies
-changes no bit. Not done here: filling slots (`experts`), combining the pairs, and prompts.
+changes no bit. Not done here: the slots themselves (`device_slots`), combining the pairs, and prompts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.hlwq.planes import RAW_BITS
 from common.record import RecordLayout, RecordLayouts
+from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.kernels.expert_products import ExpertProducts
 from gpu_worker.cuda.linear import Activations, squared_relu
 
@@ -41,6 +42,18 @@ def _wanted(x: Activations, projection: ExpertProducts) -> Tensor:
     form = x.plain if projection.layout.bits == RAW_BITS else x.rotated
     assert form is not None
     return form
+
+
+class SlotSteps:
+    """Implements `StepExperts` without the host: the device looks up, fetches and computes."""
+
+    def __init__(self, layouts: RecordLayouts, cache: DeviceSlots) -> None:
+        self._kernels, self._cache = kernels_of(layouts), cache
+
+    def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
+        slot_ids = self._cache.resolve(layer, choices)
+        self._cache.fetch(layer)
+        return self._kernels[layer](x, self._cache.pool[layer], slot_ids.view(-1), choices.shape[1])
 
 
 def kernels_of(layouts: RecordLayouts) -> Sequence[SlotKernels]:

@@ -17,6 +17,8 @@ from common.hlwq.planes import BLOCK
 from gpu_worker.cuda.kernels.packed_words import (
     INTERPRETED,
     LookUp,
+    activations,
+    block_norms,
     blocks_at_once,
     code_words,
     four_centroids,
@@ -113,20 +115,18 @@ def _several_rows_kernel(
     for block in tl.range(0, BLOCKS, AT_ONCE, num_stages=1):
         valid = block + spread // 16 < BLOCKS
         even, odd = code_words(low, high, row + spread * 0, block, spread, valid, BITS, BLOCKS, False)
-        place = block * 128 + spread // 16 * 128 + spread % 16
         sums = tl.zeros([ROWS, OUTS, AT_ONCE * 16], tl.float32)
         a, b, c, d = four_centroids(even, codebook, ASSEMBLY)
-        sums += a * tl.load(x_rows + place, mask=valid, other=0.0)
-        sums += b * tl.load(x_rows + place + 32, mask=valid, other=0.0)
-        sums += c * tl.load(x_rows + place + 64, mask=valid, other=0.0)
-        sums += d * tl.load(x_rows + place + 96, mask=valid, other=0.0)
+        sums += a * activations(x_rows, block, spread, valid, 0, False)
+        sums += b * activations(x_rows, block, spread, valid, 2, False)
+        sums += c * activations(x_rows, block, spread, valid, 4, False)
+        sums += d * activations(x_rows, block, spread, valid, 6, False)
         a, b, c, d = four_centroids(odd, codebook, ASSEMBLY)
-        sums += a * tl.load(x_rows + place + 16, mask=valid, other=0.0)
-        sums += b * tl.load(x_rows + place + 48, mask=valid, other=0.0)
-        sums += c * tl.load(x_rows + place + 80, mask=valid, other=0.0)
-        sums += d * tl.load(x_rows + place + 112, mask=valid, other=0.0)
-        scale = tl.load(norms + row.to(tl.int64) * BLOCKS + (block + spread // 16), mask=valid, other=0.0)
-        total += sums * scale.to(tl.float32)
+        sums += a * activations(x_rows, block, spread, valid, 1, False)
+        sums += b * activations(x_rows, block, spread, valid, 3, False)
+        sums += c * activations(x_rows, block, spread, valid, 5, False)
+        sums += d * activations(x_rows, block, spread, valid, 7, False)
+        total += sums * block_norms(norms, row, block, spread, valid, BLOCKS, False)
     sums = tl.sum(total, 2)
     where = activation[:, None] * outs + out[None, :]
     inside = (activation[:, None] < rows) & (out[None, :] < outs)

@@ -147,13 +147,14 @@ def _read(pointers, valid, FULL: tl.constexpr):
 
 
 @triton.jit
-def _activations(x, block, word, valid, FIELD: tl.constexpr, FULL: tl.constexpr):
-    """Field FIELD of eight of each word's activations, which lie in the products' order."""
+def activations(x, block, word, valid, FIELD: tl.constexpr, FULL: tl.constexpr):
+    """Field FIELD of eight of each word's activations, which lie in the products' order; x: row or rows."""
     return _read(x + block * 128 + word // 16 * 128 + FIELD * 16 + word % 16, valid, FULL)
 
 
 @triton.jit
-def _norms(norms, row, block, word, valid, BLOCKS: tl.constexpr, FULL: tl.constexpr):
+def block_norms(norms, row, block, word, valid, BLOCKS: tl.constexpr, FULL: tl.constexpr):
+    """The norm that each word's weights are scaled by."""
     return _read(norms + row.to(tl.int64) * BLOCKS + (block + word // 16), valid, FULL).to(tl.float32)
 
 
@@ -173,14 +174,14 @@ def tile_products(
     even, odd = code_words(low, high, row, block, spread, valid, BITS, BLOCKS, FULL)
     sums = _four_products(
         even, codebook,
-        _activations(x, block, spread, valid, 0, FULL), _activations(x, block, spread, valid, 2, FULL),
-        _activations(x, block, spread, valid, 4, FULL), _activations(x, block, spread, valid, 6, FULL),
+        activations(x, block, spread, valid, 0, FULL), activations(x, block, spread, valid, 2, FULL),
+        activations(x, block, spread, valid, 4, FULL), activations(x, block, spread, valid, 6, FULL),
         tl.zeros_like(even).to(tl.float32), ASSEMBLY,
     )  # fmt: skip
     sums = _four_products(
         odd, codebook,
-        _activations(x, block, spread, valid, 1, FULL), _activations(x, block, spread, valid, 3, FULL),
-        _activations(x, block, spread, valid, 5, FULL), _activations(x, block, spread, valid, 7, FULL),
+        activations(x, block, spread, valid, 1, FULL), activations(x, block, spread, valid, 3, FULL),
+        activations(x, block, spread, valid, 5, FULL), activations(x, block, spread, valid, 7, FULL),
         sums, ASSEMBLY,
     )  # fmt: skip
-    return sums * _norms(norms, row, block, spread, valid, BLOCKS, FULL)
+    return sums * block_norms(norms, row, block, spread, valid, BLOCKS, FULL)

@@ -57,18 +57,6 @@ class Pools:
 
 
 @pytest.fixture(autouse=True)
-def empty_is_poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a launcher allocates holds NaN until a kernel writes it."""
-    empty = Tensor.new_empty
-
-    def poisoned(*args: Any, **named: Any) -> Tensor:
-        made = empty(*args, **named)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
-
-
-@pytest.fixture(autouse=True)
 def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares of several blocks without thousands of positions."""
     monkeypatch.setattr(module, "_SPLITS", 2)

@@ -15,6 +15,7 @@ from gpu_worker.cuda.kernels.expert_products import (
     expert_products_plain,
 )
 from gpu_worker.cuda.kernels.rotation import rotate
+from tests.helpers.nemotron import relative_error
 
 SLOTS = 5
 
@@ -33,10 +34,6 @@ def slot_pool(outs: int, columns: int, bits: int, device: torch.device) -> tuple
     return layout, pool.to(device)
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
 @pytest.mark.parametrize("bits", [*PLANE_WIDTHS, RAW_BITS])
 @pytest.mark.parametrize("k", [1, 3])
 def test_pairs_read_their_slots(bits: int, k: int, device: torch.device) -> None:
@@ -45,7 +42,7 @@ def test_pairs_read_their_slots(bits: int, k: int, device: torch.device) -> None
     x = x if bits == RAW_BITS else rotate(x)
     slot_ids = torch.tensor([4, 0, 4, 2, 1, 3][: 2 * k], dtype=torch.int32, device=device)
     found = ExpertProducts(layout)(x, pool, slot_ids, k)
-    assert error(found, expert_products_plain(x, layout, pool, slot_ids, k)) < 1e-6
+    assert relative_error(found, expert_products_plain(x, layout, pool, slot_ids, k)) < 1e-6
 
 
 def test_a_pair_does_not_depend_on_its_slot_nor_on_other_pairs(device: torch.device) -> None:
@@ -65,4 +62,4 @@ def test_combine(rows: int, k: int, hidden: int, dtype: torch.dtype, device: tor
     shared, residual = (torch.randn(rows, hidden, device=device).to(dtype) for _ in range(2))
     expected = combine_plain(products, weights, shared, residual)
     assert combine(products, weights, shared, residual) is residual
-    assert error(residual, expected) < (1e-6 if dtype is torch.float32 else 5e-3)
+    assert relative_error(residual, expected) < (1e-6 if dtype is torch.float32 else 5e-3)

@@ -11,6 +11,7 @@ from common.hlwq.planes import PLANE_WIDTHS
 from common.hlwq.quantize import pack_matrix
 from gpu_worker.cuda.kernels.packed_product import MAX_ROWS, PackedProduct, product_plain
 from gpu_worker.cuda.kernels.rotation import rotate
+from tests.helpers.nemotron import relative_error
 
 
 def packed(outs: int, columns: int, bits: int, device: torch.device, seed: int = 0) -> PackedMatrix:
@@ -18,17 +19,13 @@ def packed(outs: int, columns: int, bits: int, device: torch.device, seed: int =
     return pack_matrix(weight, bits, packing_codebook(bits)).to(device)
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
 @pytest.mark.parametrize("bits", PLANE_WIDTHS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_width(bits: int, rows: int, device: torch.device) -> None:
     matrix, x = packed(21, 300, bits, device), torch.randn(rows, 300, device=device)
     y = PackedProduct(matrix)(rotate(x), None, torch.float32)
-    assert error(y, x.double() @ matrix.decode().double().T) < 1e-6
-    assert error(y, product_plain(rotate(x), matrix, None, torch.float32)) < 1e-6
+    assert relative_error(y, x.double() @ matrix.decode().double().T) < 1e-6
+    assert relative_error(y, product_plain(rotate(x), matrix, None, torch.float32)) < 1e-6
 
 
 @settings(max_examples=8, deadline=None)
@@ -43,14 +40,14 @@ def test_any_shape(rows: int, outs: int, columns: int, seed: int) -> None:
     matrix, x = packed(outs, columns, 5, device, seed), torch.randn(rows, columns, device=device)
     rotated, residual = rotate(x), torch.randn(rows, outs, device=device)
     y = PackedProduct(matrix)(rotated, residual, torch.float32)
-    assert error(y, product_plain(rotated, matrix, residual, torch.float32)) < 2e-6
+    assert relative_error(y, product_plain(rotated, matrix, residual, torch.float32)) < 2e-6
 
 
 def test_a_codebook_of_another_packer(device: torch.device) -> None:
     matrix = pack_matrix(torch.randn(8, 256), 5, published_codebook(5)).to(device)
     rotated = rotate(torch.randn(1, 256, device=device))
     expected = product_plain(rotated, matrix, None, torch.float32)
-    assert error(PackedProduct(matrix)(rotated, None, torch.float32), expected) < 1e-6
+    assert relative_error(PackedProduct(matrix)(rotated, None, torch.float32), expected) < 1e-6
 
 
 def test_into_the_residual_itself_and_in_bfloat16(device: torch.device) -> None:
@@ -58,7 +55,7 @@ def test_into_the_residual_itself_and_in_bfloat16(device: torch.device) -> None:
     rotated = rotate(torch.randn(2, 128, device=device))
     expected = product_plain(rotated, matrix, hidden, torch.bfloat16)
     y = PackedProduct(matrix)(rotated, hidden, torch.bfloat16, out=hidden)
-    assert y is hidden and error(y, expected) < 1e-2
+    assert y is hidden and relative_error(y, expected) < 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -6,13 +6,9 @@ import torch
 from common.hlwq.codebook import packing_codebook
 from common.hlwq.quantize import pack_matrix
 from gpu_worker.cuda.kernels import rotation
+from tests.helpers.nemotron import relative_error
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative; NaN where anything was left unwritten."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.fixture(params=[(1, 128), (3, 200), (2, 2688)], ids=str)
@@ -21,8 +17,8 @@ def x(request: pytest.FixtureRequest, device: torch.device) -> torch.Tensor:
 
 
 def test_rotation_and_squared_relu(x: torch.Tensor) -> None:
-    assert error(rotation.rotate(x), rotation.rotate_plain(x)) < 2e-6
-    assert error(rotation.relu2_rotate(x), rotation.relu2_rotate_plain(x)) < 2e-6
+    assert relative_error(rotation.rotate(x), rotation.rotate_plain(x)) < 2e-6
+    assert relative_error(rotation.relu2_rotate(x), rotation.relu2_rotate_plain(x)) < 2e-6
 
 
 def test_rows_of_a_larger_tensor(device: torch.device) -> None:
@@ -34,10 +30,10 @@ def test_rows_of_a_larger_tensor(device: torch.device) -> None:
 def test_norm(x: torch.Tensor, dtype: torch.dtype) -> None:
     x, weight = x.to(dtype), torch.rand(x.shape[1], device=x.device).to(dtype) + 0.5
     found, expected = (f(x, weight, 1e-5) for f in (rotation.rms_norm_rotate, rotation.rms_norm_rotate_plain))
-    assert error(found[0], expected[0]) < TOLERANCE[dtype] / 2
-    assert error(found[1], expected[1]) < TOLERANCE[dtype]
+    assert relative_error(found[0], expected[0]) < TOLERANCE[dtype] / 2
+    assert relative_error(found[1], expected[1]) < TOLERANCE[dtype]
     # What is rotated is what was rounded: both forms feed products of the same activations.
-    assert error(found[1], rotation.rotate_plain(found[0])) < 2e-6
+    assert relative_error(found[1], rotation.rotate_plain(found[0])) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -51,8 +47,8 @@ def test_gated_norm(device: torch.device, columns: int, groups: int, dtype: torc
     gate, weight = projected.to(dtype)[:, columns : 2 * columns], torch.rand(columns, device=device).to(dtype)
     arguments = (x, gate, weight, groups, 1e-5)
     found, expected = rotation.gated_norm_rotate(*arguments), rotation.gated_norm_rotate_plain(*arguments)
-    assert error(found[0], expected[0]) < TOLERANCE[dtype] / 2
-    assert error(found[1], rotation.rotate_plain(found[0])) < 2e-6
+    assert relative_error(found[0], expected[0]) < TOLERANCE[dtype] / 2
+    assert relative_error(found[1], rotation.rotate_plain(found[0])) < 2e-6
 
 
 @pytest.mark.parametrize(("columns", "groups"), [(192, 1), (384, 1), (256, 3)])
@@ -69,4 +65,4 @@ def test_what_is_rotated_gives_the_product(device: torch.device) -> None:
     levels = matrix.codebook[matrix.codes().int()].view(5, -1, 128)[:, :, order]
     rotated = rotation.rotate(x.to(device)).cpu()
     y = torch.einsum("obc,rbc,ob->ro", levels, rotated, matrix.norms.float())
-    assert error(y, x @ matrix.decode().T) < 1e-5
+    assert relative_error(y, x @ matrix.decode().T) < 1e-5
