@@ -17,7 +17,7 @@ from common.process import configure_process, run_command, run_service
 from common.units import parse_size
 from gpu_worker import generate_cli
 from gpu_worker.client import WorkerClient
-from gpu_worker.config import WorkerConfig
+from gpu_worker.config import AUTO, WorkerConfig
 from gpu_worker.printing import stats_table
 
 app = typer.Typer(
@@ -53,7 +53,11 @@ def start(
     ] = None,
     vram: Annotated[
         str | None,
-        typer.Option(help="Device memory for weights, states and slots, like 7.6GB.", metavar="SIZE"),
+        typer.Option(
+            help="Device memory for everything, like 7.6GB; slots get what all else leaves. Default on a "
+            "GPU: auto, most of what is free.",
+            metavar="SIZE|auto",
+        ),
     ] = None,
     dense_bits: Annotated[
         int | None,
@@ -63,12 +67,24 @@ def start(
             callback=check_bits_option,
         ),
     ] = None,
+    expert_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Refuse a store whose experts have other bits, so that a benchmark says what it measures.",
+            callback=check_bits_option,
+        ),
+    ] = None,
     max_context: Annotated[
         int | None,
         typer.Option(
-            help="Longest prompt and answer together, in tokens; default: the model's.", metavar="N"
+            help="Longest prompt and answer together, in tokens. Default: the model's; on a GPU, what fits "
+            "in 1/32 of the memory, or more if all experts fit.",
+            metavar="N",
         ),
     ] = None,
+    max_sequences: Annotated[
+        int, typer.Option(help="Sequences to have memory for, 1 to 16.", metavar="N")
+    ] = 1,
     policy: Annotated[str, typer.Option(help="Which slot to give up: lru or lfru.")] = "lru",
     prefetch: Annotated[
         str,
@@ -77,11 +93,17 @@ def start(
     eager: Annotated[
         bool, typer.Option("--eager", help="On a GPU, launch kernels one by one instead of by CUDA graphs.")
     ] = False,
+    sync_fetch: Annotated[
+        bool,
+        typer.Option(
+            "--sync-fetch",
+            help="On a GPU, fetch missing experts one by one and wait for each; to compare with, it is slow.",
+        ),
+    ] = False,
 ) -> None:
     """Attach to an expert store on this machine and serve clients until stopped.
 
-    Waits for the store if it is not up yet. If the store dies later, decoding goes on from what is mapped,
-    and the worker attaches again by itself.
+    Waits for the store if it is not up yet; should it die later, decoding goes on from what is mapped.
 
     Example: gpu-worker start --slots 16
     """
@@ -92,12 +114,15 @@ def start(
         device=device,
         dtype=dtype,
         slots=int(slots) if slots and slots.isdecimal() else slots,
-        vram=parse_size(vram) if vram else None,
+        vram=parse_size(vram) if vram and vram != AUTO else vram,
         policy=policy,
         prefetch=prefetch,
         dense_bits=dense_bits,
+        expert_bits=expert_bits,
         max_context=max_context,
+        max_sequences=max_sequences,
         eager=eager,
+        sync_fetch=sync_fetch,
     )
     claim = AddressClaim(config.listen)
     try:

@@ -11,14 +11,17 @@ from gpu_worker.slots.policies import POLICIES
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("bfloat16", "float32")
 DIRECT = "direct"  # frames of the arena serve as slots
+AUTO = "auto"  # as much device memory as is free
+MOST_SEQUENCES = 16
 PREFETCH_MODES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """`slots` per layer, or DIRECT, or `vram` in bytes, or neither; `device`, `dtype` as the user named them.
+    """`slots` per layer, or DIRECT, or `vram` in bytes or AUTO, or neither; `device`, `dtype` as named.
 
     `dense_bits`: what to pack dense matrices at while loading, None to leave them as they are stored.
+    `expert_bits`: what the store's records must have, None for whatever they have.
     """
 
     store: Address
@@ -26,12 +29,15 @@ class WorkerConfig:
     device: str = "auto"
     dtype: str | None = None
     slots: int | str | None = None
-    vram: int | None = None
+    vram: int | str | None = None
     policy: str = "lru"
     prefetch: str = "auto"
     dense_bits: int | None = None
-    max_context: int | None = None  # tokens of prompt and answer together; None: as many as the model takes
+    expert_bits: int | None = None
+    max_context: int | None = None  # tokens of prompt and answer together; None: see `sizing`
+    max_sequences: int = 1  # at a time
     eager: bool = False  # no captured graphs
+    sync_fetch: bool = False  # records are fetched one by one, and each is waited for
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the option."""
@@ -44,6 +50,14 @@ class WorkerConfig:
             raise ConfigError("give --slots or --vram, not both: --vram sets the number of slots")
         if isinstance(self.slots, str) and self.slots != DIRECT:
             raise ConfigError(f"--slots must be a number or {DIRECT}, not {self.slots!r}")
+        if isinstance(self.vram, str) and self.vram != AUTO:
+            raise ConfigError(f"--vram must be a size or {AUTO}, not {self.vram!r}")
+        if self.sync_fetch and self.prefetch == "on":
+            raise ConfigError(
+                "--sync-fetch fetches what is missing and nothing else: leave out --prefetch on"
+            )
+        if not 1 <= self.max_sequences <= MOST_SEQUENCES:
+            raise ConfigError(f"--max-sequences must be 1 to {MOST_SEQUENCES}, not {self.max_sequences}")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"--max-context must be at least 2, not {self.max_context}")
         if isinstance(self.slots, int) and self.slots < 1:

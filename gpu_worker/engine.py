@@ -16,19 +16,27 @@ from gpu_worker.model.moe import RoutedExperts
 from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
 from gpu_worker.slots.counters import CacheCounters
-from gpu_worker.slots.hints import Hints
+from gpu_worker.slots.hints import Prefetching
 
 # Prompts enter in chunks of this many tokens whatever else happens: where a prompt is cut decides the
-# rounding of its sums, so the cut must depend on the prompt alone.
-PREFILL_CHUNK = 512
+# rounding of its sums, so the cut must depend on the prompt and the kind of device alone. On a GPU nearly
+# every expert comes over the link once a chunk, and what a chunk needs of memory is kept from the slots.
+_PREFILL_CHUNKS = {"cpu": 512, "cuda": 4096}
 # Attention of a decode step looks at a context rounded up to this, so its shapes change rarely.
 _CONTEXT_STEP = 256
+
+
+def prefill_chunk(device: torch.device) -> int:
+    """Tokens in a chunk of a prompt."""
+    return _PREFILL_CHUNKS[device.type]
 
 
 class CachedExperts(RoutedExperts, Protocol):
     """Routed experts with what is told and checked of their cache."""
 
-    hints: Hints
+    @property
+    def hints(self) -> Prefetching:
+        """What is fetched before it is needed."""
 
     @property
     def counters(self) -> CacheCounters:
@@ -56,10 +64,15 @@ class CachedExperts(RoutedExperts, Protocol):
 class Engine:
     """Runs steps; knows the places of the pools that are free."""
 
+    launches_only = False  # whether decode returns while the device is still at it
+    # Of the last decode, where it is computed together with the logits: see `Sampler.choose`.
+    best: Tensor | None = None
+
     def __init__(self, model: NemotronH, pools: StatePools, experts: CachedExperts) -> None:
         self.model, self.pools, self.experts = model, pools, experts
         self._free_places = list(range(pools.sequences))
         self._lengths = [0] * pools.sequences  # the host's copy: reading the device's would wait for it
+        self.prefill_chunk = prefill_chunk(pools.lengths.device)
 
     @property
     def max_context(self) -> int:
@@ -75,10 +88,12 @@ class Engine:
         self._free_places.append(place)
 
     def prefill(self, place: int, tokens: Sequence[int]) -> Tensor:
-        """The next chunk of a prompt: at most PREFILL_CHUNK ids to hidden (t, hidden_size)."""
-        assert 0 < len(tokens) <= PREFILL_CHUNK
+        """The next chunk of a prompt: at most `prefill_chunk` ids to hidden (t, hidden_size)."""
+        assert 0 < len(tokens) <= self.prefill_chunk
+        start = self._lengths[place]
         self._lengths[place] += len(tokens)
-        return self.model.prefill(torch.tensor(tokens, device=self.pools.lengths.device), place, self.pools)
+        ids = torch.tensor(tokens).to(self.pools.lengths.device, non_blocking=True)
+        return self.model.prefill(ids, place, self.pools, start)
 
     def decode(self, places: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """One token for each of several sequences: logits (b, vocab_size) float32."""

@@ -18,15 +18,17 @@ from torch import Tensor
 
 from common.errors import InvalidRequest
 from common.rpc import gpu_worker_pb2 as pb
-from gpu_worker.engine import PREFILL_CHUNK, Engine
+from gpu_worker.engine import Engine
 from gpu_worker.model.part_times import PartTimes
 from gpu_worker.protocol import cache_message, parts_message, token_message
-from gpu_worker.sampling import Sampler, SamplingParams
+from gpu_worker.sampling import Choice, Sampler, SamplingParams
 from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.stopping import StopMatcher
 from gpu_worker.tokenizer import Tokenizer
 
 Emit = Callable[[Any], None]
+
+_LOGIT_ROWS = 128  # scored at a time: logits of a whole chunk take more memory than all the chunk's blocks
 
 
 def check_tokens(ids: Sequence[int], vocab_size: int, longest: int) -> None:
@@ -91,39 +93,53 @@ class Generation(Job):
         self._eos = () if params.ignore_eos else tuple(eos_token_ids)
         self._sampler = Sampler(params, self.prompt)
         self._text = _TextOut(tokenizer, params.stop)
+        self._chosen: Choice | None = None  # the last token, until it is streamed
         self._fed = 0
         self._prefilled = 0.0
 
     def step(self, engine: Engine) -> bool:
         if self._fed < len(self.prompt):
-            chunk = self.prompt[self._fed : self._fed + PREFILL_CHUNK]
+            chunk = self.prompt[self._fed : self._fed + engine.prefill_chunk]
             hidden = engine.prefill(self.place, chunk)
             self._fed += len(chunk)
             if self._fed < len(self.prompt):
                 return False
-            logits = engine.logits(hidden[-1:])[0]
+            logits, best = engine.logits(hidden[-1:])[0], None
             self._prefilled = time.monotonic()
         else:
             logits = engine.decode([self.place], [self.output[-1]])[0]
-        reason = self._accept(logits, engine.max_context)
+            best = None if engine.best is None else engine.best[0]
+            self._stream_last()  # while the device is at it
+        reason = self._accept(engine, logits, best)
         if reason is None:
             return False
         self._finish(reason, engine)
         return True
 
-    def _accept(self, logits: Tensor, max_context: int) -> str | None:
-        """Choose a token and stream it; the reason to finish, if there is one now."""
-        choice = self._sampler.choose(logits)
+    def _accept(self, engine: Engine, logits: Tensor, best: Tensor | None) -> str | None:
+        """Choose a token and stream it; the reason to finish, if there is one now.
+
+        Streaming may wait for the next step to be launched, where nothing about it can end the sequence.
+        """
+        self._chosen = choice = self._sampler.choose(logits, best)
         self.output.append(choice.token)
+        full = len(self.prompt) + len(self.output) > engine.max_context
         ended = choice.token in self._eos
-        text, stopped = ("", False) if ended else self._text.push(choice.token)
-        self.emit(pb.GenerateEvent(delta=pb.Delta(text=text, tokens=[token_message(choice)])))
-        if stopped:
+        last = ended or full or len(self.output) >= self.params.max_new_tokens
+        if engine.launches_only and not last and not self.params.stop:
+            return None
+        if self._stream_last():
             return "stop"
-        if ended:
-            return "eos"
-        full = len(self.prompt) + len(self.output) > max_context
-        return "length" if full or len(self.output) >= self.params.max_new_tokens else None
+        return ("eos" if ended else "length") if last else None
+
+    def _stream_last(self) -> bool:
+        """Stream the token chosen last, unless that was done; whether its text completes a stop string."""
+        choice, self._chosen = self._chosen, None
+        if choice is None:
+            return False
+        text, stopped = ("", False) if choice.token in self._eos else self._text.push(choice.token)
+        self.emit(pb.GenerateEvent(delta=pb.Delta(text=text, tokens=[token_message(choice)])))
+        return stopped
 
     def _finish(self, reason: str, engine: Engine) -> None:
         rest = self._text.flush() if reason != "stop" else ""
@@ -162,7 +178,7 @@ class Scoring(Job):
     def step(self, engine: Engine) -> bool:
         end = min(self._start + self.window, len(self.tokens))
         first = self._start + self._fed
-        chunk = self.tokens[first : min(first + PREFILL_CHUNK, end)]
+        chunk = self.tokens[first : min(first + engine.prefill_chunk, end)]
         hidden = engine.prefill(self.place, chunk)
         self._fed += len(chunk)
         self._score(engine, hidden, first, end)
@@ -183,10 +199,15 @@ class Scoring(Job):
         if first + 1 + skip > last:
             return
         targets = torch.tensor(self.tokens[first + 1 + skip : last + 1], device=hidden.device)
-        logprobs = engine.logits(hidden[skip : skip + len(targets)]).log_softmax(-1)
-        chosen = logprobs.gather(1, targets[:, None])[:, 0]
+        pieces = zip(hidden[skip:].split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=False)
+        chosen = [_logprobs(engine.logits(rows[: len(ids)]), ids) for rows, ids in pieces]
         self._scored = last + 1
-        self.emit(pb.ScoreEvent(piece=pb.ScorePiece(logprobs=chosen.tolist())))
+        self.emit(pb.ScoreEvent(piece=pb.ScorePiece(logprobs=torch.cat(chosen).tolist())))
+
+
+def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of one token in each row: logits (rows, vocab), targets (rows,) to (rows,)."""
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 @dataclass

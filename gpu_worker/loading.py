@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,12 +19,20 @@ from common.hlwq import native
 from common.hlwq.planes import RAW_BITS
 from common.model_config import ModelConfig
 from common.units import format_bytes
+from gpu_worker.account import Account, Sizes
 from gpu_worker.config import WorkerConfig
 from gpu_worker.engine import Engine
 from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
 from gpu_worker.model.weights import ModelWeights, build_weights
-from gpu_worker.sizing import choose_slots, resolve_device, resolve_dtype
+from gpu_worker.printing import account_table, as_text
+from gpu_worker.sizing import (
+    check_expert_bits,
+    choose_account,
+    dense_bits_hint,
+    resolve_device,
+    resolve_dtype,
+)
 from gpu_worker.slots.direct import DirectExperts
 from gpu_worker.slots.fetch import Fetcher
 from gpu_worker.slots.hints import Hints
@@ -31,9 +40,10 @@ from gpu_worker.slots.routed_experts import SlotExperts
 from gpu_worker.store_link import Attachment, StoreLink
 from gpu_worker.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from gpu_worker.cuda.memory import DeviceMemory
 
-SEQUENCES = 1  # places in the pools; the scheduler runs one sequence at a time
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,8 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     engine: Engine
     fetcher: Fetcher
+    account: Account  # of memory, as it was planned
+    memory: DeviceMemory | None  # of a GPU, to see what became of it
 
     @property
     def max_context(self) -> int:
@@ -56,7 +68,8 @@ class ServedModel:
 
 
 def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) -> ServedModel:
-    """Raises Incompatible when the checkpoint on disk is no longer what the store serves."""
+    """Raises Incompatible when the checkpoint on disk is no longer what the store serves, ConfigError when it
+    is not what was asked for or does not fit."""
     checkpoint = PackedCheckpoint.open(attachment.checkpoint)
     here = (checkpoint.fingerprint, checkpoint.layout.digest)
     if here != (attachment.fingerprint, attachment.arena.shape.layout_digest):
@@ -64,12 +77,20 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     model = checkpoint.config
+    check_expert_bits(config.expert_bits, checkpoint.layout)
+    memory = _device_memory(device)
+    sizes = Sizes(
+        model, checkpoint.dense_stored, checkpoint.layout.stride, dtype, config.max_sequences, memory
+    )
+    account = _account(config, sizes)
     weights = build_weights(_dense(checkpoint, config.dense_bits), model, dtype, device)
-    context = min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
-    pools = StatePools(model, SEQUENCES, context, dtype, device)
+    pools = StatePools(model, config.max_sequences, account.context, dtype, device)
     fetcher = Fetcher(link)
     kernels = f", {native.path()} kernels" if device.type == "cpu" else ""
     log.info("on %s in %s%s; dense weights %s", device, dtype, kernels, format_bytes(weights.nbytes))
+    engine = _engine(config, checkpoint, weights, pools, fetcher, account)
+    if memory is not None:
+        log.info("%s", memory.use().describe(account.budget))
     return ServedModel(
         name=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
@@ -78,9 +99,37 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
         dtype=dtype,
         tokenizer=Tokenizer.from_directory(checkpoint.directory),
         eos_token_ids=_eos_token_ids(checkpoint.directory, model.eos_token_ids),
-        engine=_engine(config, checkpoint, weights, pools, fetcher),
+        engine=engine,
         fetcher=fetcher,
+        account=account,
+        memory=memory,
     )
+
+
+def _device_memory(device: torch.device) -> DeviceMemory | None:
+    if device.type != "cuda":
+        return None
+    from gpu_worker.cuda.memory import DeviceMemory
+
+    return DeviceMemory(device)
+
+
+def _account(config: WorkerConfig, sizes: Sizes) -> Account:
+    """How memory will be divided, as the log tells; from here on, a GPU's is kept within the budget."""
+    account = choose_account(config, sizes)
+    if sizes.memory is None:
+        return account
+    log.info("device memory as planned:\n%s", as_text(account_table(account)))
+    k = min(sizes.model.num_experts_per_tok, account.experts)
+    if account.slots is not None and account.slots < k:
+        log.warning(
+            "the host drives every step: %d slots are fewer than a token's %d experts", account.slots, k
+        )
+    if hint := dense_bits_hint(config, sizes, account):
+        log.info("%s", hint)
+    assert account.budget is not None
+    sizes.memory.keep_within(account.budget)
+    return account
 
 
 def _dense(checkpoint: PackedCheckpoint, bits: int | None) -> dict[str, Matrix]:
@@ -104,28 +153,25 @@ def _engine(
     weights: ModelWeights,
     pools: StatePools,
     fetcher: Fetcher,
+    account: Account,
 ) -> Engine:
     """The engine, by where routed experts are computed: in frames, or in slots of the host or the device."""
     model, layout, device = checkpoint.config, checkpoint.layout, pools.lengths.device
-    choice = choose_slots(config, model, layout.stride, weights.nbytes + pools.nbytes, device)
+    slots, reason = account.slots, account.reason
     hints = Hints(config.prefetch, fetcher)
-    if device.type == "cuda" and choice.slots is not None:
-        if fetcher.all_fit() and choice.slots >= SEQUENCES * model.num_experts_per_tok:
-            from gpu_worker.cuda.loading import device_engine  # Triton is for those who have a GPU
+    if device.type == "cuda" and slots is not None:
+        from gpu_worker.cuda.loading import device_engine  # Triton is for those who have a GPU
 
-            log.info("%d slots a layer (%s)", choice.slots, choice.reason)
-            cache = choice.slots, config.policy, config.eager
-            return device_engine(weights, pools, layout, *cache, fetcher, hints, model)
-        log.warning(
-            "the host drives the slot cache: the store lacks frames, or slots are fewer than a token needs"
-        )
+        log.info("%d slots a layer (%s)", slots, reason)
+        cache = slots, config.policy, config.eager
+        return device_engine(weights, pools, layout, *cache, fetcher, hints, model, config.sync_fetch)
     experts: SlotExperts | DirectExperts
-    if choice.slots is None:
-        log.info("no slots (%s)", choice.reason)
+    if slots is None:
+        log.info("no slots (%s)", reason)
         experts = DirectExperts(layout, fetcher, hints)
     else:
-        experts = SlotExperts(layout, choice.slots, config.policy, fetcher, hints, device)
-        log.info("%d slots a layer (%s): %s", choice.slots, choice.reason, format_bytes(experts.nbytes))
+        experts = SlotExperts(layout, slots, config.policy, fetcher, hints)
+        log.info("%d slots a layer (%s): %s", slots, reason, format_bytes(experts.nbytes))
     return Engine(NemotronH(model, weights, experts), pools, experts)
 
 

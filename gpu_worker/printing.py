@@ -1,11 +1,19 @@
-"""How the worker's counters look on a terminal."""
+"""How the worker's counters, and the account of its memory, look on a terminal."""
 
 from __future__ import annotations
 
+import io
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from common.rpc import gpu_worker_pb2 as pb
 from common.units import format_bytes
+
+if TYPE_CHECKING:
+    from gpu_worker.account import Account  # PyTorch comes with it, and clients do not need that
 
 
 def finish_table(finish: pb.Finish) -> Table:
@@ -32,6 +40,7 @@ def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
         ("slots", _slots(stats, info)),
         ("cache", f"{cache.hits} hits, {cache.misses} misses: {cache.hit_rate:.1%} hit rate"),
         ("fetched", f"{format_bytes(cache.bytes_fetched)}; {cache.staged} experts came from disk"),
+        ("device memory", _vram(stats)),
         ("prefetch", f"{stats.prefetch}; {stats.hints_sent} hints, {stats.hints_useful} useful"),
         ("requests", f"{stats.requests} ({stats.requests_failed} failed), {stats.running} running, "
                      f"{stats.waiting} waiting"),
@@ -40,8 +49,43 @@ def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
         ("store", stats.store),
         ("up", f"{stats.uptime_seconds:.0f} s"),
     ):  # fmt: skip
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     return table
+
+
+def account_table(account: Account) -> Table:
+    """How memory is divided, with the budget below it."""
+    table = Table(box=box.SIMPLE_HEAD, show_footer=account.budget is not None)
+    table.add_column("purpose", footer="budget")
+    table.add_column("size", footer=format_bytes(account.budget or 0), justify="right")
+    table.add_column("", footer=account.reason)
+    for entry in account.entries:
+        table.add_row(entry.purpose, format_bytes(entry.nbytes), entry.note)
+    slots = (
+        f"{account.slots} of {account.experts} a layer, {format_bytes(account.slot_bytes)} for one in each"
+    )
+    table.add_row("slots", format_bytes(account.total - account.other_bytes), slots)
+    if account.budget is not None:
+        table.add_row("not used", format_bytes(account.budget - account.total))
+    return table
+
+
+def as_text(table: Table) -> str:
+    """For logs, which may be no terminal."""
+    text = io.StringIO()
+    Console(file=text, width=110).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def _vram(stats: pb.WorkerStats) -> str:
+    """Nothing on a CPU."""
+    if not stats.vram_budget:
+        return ""
+    budget, peak, used, tensors = map(
+        format_bytes, (stats.vram_budget, stats.vram_peak, stats.vram_used, stats.vram_tensors_peak)
+    )
+    return f"at most {peak} of {budget} (tensors {tensors}), now {used}"
 
 
 def _slots(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> str:

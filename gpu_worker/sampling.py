@@ -82,18 +82,33 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
-    def choose(self, logits: Tensor) -> Choice:
-        """The next token from logits (vocab,) float32. Raises FloatingPointError if they are not finite."""
+    def choose(self, logits: Tensor, best: Tensor | None = None) -> Choice:
+        """The next token from logits (vocab,) float32. Raises FloatingPointError if they are not finite.
+
+        `best` (2,), if known already: the most probable token and its log-probability, finite if logits are.
+        """
+        params = self.params
+        if best is not None and (params.temperature, params.repetition_penalty, params.logprobs) == (0, 1, 0):
+            chosen, logprob = best.tolist()
+            return Choice(int(chosen), _finite(logprob), ())
         logprobs = logits.log_softmax(-1)
-        if not math.isfinite(float(logprobs.max())):
-            raise FloatingPointError("the model's logits are not finite, so no token can be chosen from them")
         scores = self._penalised(logits.double())
-        token = int(scores.argmax()) if self.params.temperature == 0 else self._draw(scores)
-        if self._seen is not None:
-            self._seen[token] = True
+        token = scores.argmax(0, keepdim=True) if self.params.temperature == 0 else self._draw(scores)
         top = logprobs.topk(min(self.params.logprobs, len(logprobs)))
-        alternatives = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return Choice(token, float(logprobs[token]), tuple(alternatives))
+        # All in one transfer: on a GPU each waits for the device, and between waits the device does nothing.
+        told = (
+            token,
+            logprobs.max(0, keepdim=True).values,
+            logprobs.gather(0, token),
+            top.indices,
+            top.values,
+        )
+        chosen, largest, logprob, *tops = torch.cat([part.double() for part in told]).tolist()
+        _finite(largest)
+        if self._seen is not None:
+            self._seen.index_fill_(0, token, True)
+        alternatives = zip(map(int, tops), tops[len(tops) // 2 :], strict=False)
+        return Choice(int(chosen), logprob, tuple(alternatives))
 
     def _penalised(self, scores: Tensor) -> Tensor:
         if self.params.repetition_penalty == 1:
@@ -103,9 +118,15 @@ class Sampler:
             self._seen[torch.tensor(self._prompt, dtype=torch.int64, device=scores.device)] = True
         return penalise(scores, self._seen, self.params.repetition_penalty)
 
-    def _draw(self, scores: Tensor) -> int:
+    def _draw(self, scores: Tensor) -> Tensor:
         uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
         return pick(warp(scores, self.params).softmax(-1), uniform)
+
+
+def _finite(logprob: float) -> float:
+    if not math.isfinite(logprob):
+        raise FloatingPointError("the model's logits are not finite, so no token can be chosen from them")
+    return logprob
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -131,9 +152,10 @@ def warp(scores: Tensor, params: SamplingParams) -> Tensor:
     return scores
 
 
-def pick(probabilities: Tensor, uniform: float) -> int:
-    """The token at which the cumulative distribution passes `uniform` in [0, 1 - 2^-53], in float64."""
+def pick(probabilities: Tensor, uniform: float) -> Tensor:
+    """The token (1,) at which the cumulative distribution passes `uniform` in [0, 1 - 2^-53], in float64."""
     cumulative = probabilities.cumsum(-1)
     # Times the sum as rounded, which no such `uniform` reaches, lest the target lie behind the last token;
     # `right`, so that a token of probability 0, whose step has no width, is never met.
-    return int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    token = torch.searchsorted(cumulative, uniform * cumulative[-1:], right=True)
+    return token.clamp(max=len(cumulative) - 1)  # where sums are no numbers, it lies behind the last token

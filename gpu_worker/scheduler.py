@@ -2,7 +2,7 @@
 
 Jobs arrive from the event loop by `submit`, and every submitted job gets exactly one ending, through its
 `on_end`: None when it finished or was cancelled, else the error. A `ServingError` fails the one job; anything
-else is a broken invariant or a failed device, and ends the process.
+else is a broken invariant or a failed device, and ends the process. Of a failed device, one line is logged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.errors import Exhausted, ServingError, Unavailable
+from gpu_worker.device_errors import DeviceFailed, device_failure
 from gpu_worker.engine import Engine
 from gpu_worker.jobs import Job
 
@@ -31,9 +32,12 @@ class _Entry:
 class Scheduler:
     """Owns the engine's thread and the queue before it."""
 
-    def __init__(self, engine: Engine, on_fatal: Callable[[BaseException], object]) -> None:
+    def __init__(
+        self, engine: Engine, on_fatal: Callable[[BaseException], object], budget: int | None = None
+    ) -> None:
+        """`budget`: bytes of device memory, for those who are told that they did not suffice."""
         self.failed = 0
-        self._engine, self._on_fatal = engine, on_fatal
+        self._engine, self._on_fatal, self._budget = engine, on_fatal, budget
         self._waiting: deque[_Entry] = deque()
         self._running: _Entry | None = None
         self._stopping = False
@@ -75,7 +79,11 @@ class Scheduler:
         try:
             while (entry := self._next()) is not None:
                 self._serve(entry)
-        except BaseException as failure:  # an invariant broke or the device failed: the process ends, loudly
+        except DeviceFailed as failure:
+            log.critical("%s", failure)
+            log.debug("as it was raised", exc_info=failure)
+            self._on_fatal(failure)
+        except BaseException as failure:  # an invariant broke: the process ends, loudly
             log.critical("the engine failed", exc_info=failure)
             self._on_fatal(failure)
         with self._changed:
@@ -110,6 +118,9 @@ class Scheduler:
             self.failed += 1
             error = failure
         except BaseException as failure:
+            error = device_failure(failure, self._budget)
+            if error is not None:
+                raise error from failure
             error = failure
             raise
         finally:

@@ -20,10 +20,11 @@ from common.process import EXIT_INVARIANT, watch
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import add_GpuWorkerServicer_to_server
 from gpu_worker.config import WorkerConfig
+from gpu_worker.device_errors import device_failure
 from gpu_worker.loading import ServedModel, load_model
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.service import GenerationService
-from gpu_worker.store_link import StoreLink
+from gpu_worker.store_link import Attachment, StoreLink
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Worker:
         self.link = StoreLink(config.store, name)
         self._rpc = RpcServer(config.listen, on_fatal=self.fail)
         self._exit_status = 0
+        self._device_failed = False
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._scheduler: Scheduler | None = None
@@ -70,12 +72,14 @@ class Worker:
         attachment = await self.link.attach(ATTACH_TIMEOUT)
         self._tasks.append(watch(asyncio.create_task(self.link.keep()), self.fail))
         # In a thread, so that heartbeats go on.
-        self._model = await asyncio.to_thread(load_model, self.config, attachment, self.link)
+        self._model = await asyncio.to_thread(self._load, attachment)
         if self._model.device.type == "cpu":
             _share_cores()
         loop = asyncio.get_running_loop()
         self._scheduler = Scheduler(
-            self._model.engine, on_fatal=lambda error: loop.call_soon_threadsafe(partial(self.fail, error))
+            self._model.engine,
+            on_fatal=lambda error: loop.call_soon_threadsafe(partial(self.fail, error)),
+            budget=self._model.account.budget,
         )
         self._scheduler.start()
         service = GenerationService(self, self._model, self._scheduler)
@@ -84,6 +88,15 @@ class Worker:
         await self._rpc.set_serving(True)
         log.info("ready on %s after %.1f s", self.config.listen, time.monotonic() - self.started)
 
+    def _load(self, attachment: Attachment) -> ServedModel:
+        try:
+            return load_model(self.config, attachment, self.link)
+        except RuntimeError as error:
+            budget = self.config.vram if isinstance(self.config.vram, int) else None
+            if (failure := device_failure(error, budget)) is not None:
+                raise failure from error
+            raise
+
     async def _close(self) -> None:
         """Running and waiting requests first, so that each still gets its ending; then the server."""
         try:
@@ -91,7 +104,7 @@ class Worker:
             if self._scheduler is not None and self._model is not None:
                 if await asyncio.to_thread(self._scheduler.stop, _STEP_TIMEOUT):
                     self._model.fetcher.close()
-                    self._model.engine.close()
+                    self._close_model(self._model)
                 else:
                     log.error("the step in progress did not end within %g s", _STEP_TIMEOUT)
                     self._exit_status = EXIT_INVARIANT
@@ -101,9 +114,17 @@ class Worker:
                 task.cancel()
             await self.link.close()
 
+    def _close_model(self, model: ServedModel) -> None:
+        # A device that has failed would fail again; what is left there ends with the process.
+        if not self._device_failed:
+            if model.memory is not None:
+                log.info("%s", model.memory.use().describe(model.account.budget))
+            model.engine.close()
+
     def fail(self, error: BaseException) -> None:
-        """An invariant broke: end, and say so by the exit status."""
+        """An invariant broke or the device failed: end, and say so by the exit status."""
         self._exit_status = EXIT_INVARIANT
+        self._device_failed |= device_failure(error, None) is not None
         self.stop()
 
 

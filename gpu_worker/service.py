@@ -130,7 +130,20 @@ class GenerationService(GpuWorkerServicer):
             store="attached" if worker.link.attachment else "lost",
             uptime_seconds=time.monotonic() - worker.started,
             parts=parts_message(self.model.engine.model.times, experts.counters),
+            **self._vram(),
         )
+
+    def _vram(self) -> dict[str, int]:
+        """Fields of WorkerStats; none on a CPU."""
+        if self.model.memory is None:
+            return {}
+        use = self.model.memory.use()
+        return {
+            "vram_budget": self.model.account.budget or 0,
+            "vram_peak": use.peak,
+            "vram_used": use.now,
+            "vram_tensors_peak": use.tensors,
+        }
 
     async def Stop(self, request: pb.StopWorkerRequest, context: Context) -> pb.StopWorkerReply:
         # After the reply is on its way.

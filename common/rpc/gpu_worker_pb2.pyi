@@ -235,7 +235,7 @@ class WorkerStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("slots_per_layer", "slot_bytes", "policy", "prefetch", "cache", "hints_sent", "hints_useful", "requests", "requests_failed", "prompt_tokens", "completion_tokens", "running", "waiting", "store", "uptime_seconds", "slots_pinned", "parts")
+    __slots__ = ("slots_per_layer", "slot_bytes", "policy", "prefetch", "cache", "hints_sent", "hints_useful", "requests", "requests_failed", "prompt_tokens", "completion_tokens", "running", "waiting", "store", "uptime_seconds", "slots_pinned", "parts", "vram_budget", "vram_peak", "vram_used", "vram_tensors_peak")
     SLOTS_PER_LAYER_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -253,6 +253,10 @@ class WorkerStats(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_PINNED_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    VRAM_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    VRAM_PEAK_FIELD_NUMBER: _ClassVar[int]
+    VRAM_USED_FIELD_NUMBER: _ClassVar[int]
+    VRAM_TENSORS_PEAK_FIELD_NUMBER: _ClassVar[int]
     slots_per_layer: int
     slot_bytes: int
     policy: str
@@ -270,7 +274,11 @@ class WorkerStats(_message.Message):
     uptime_seconds: float
     slots_pinned: int
     parts: PartSeconds
-    def __init__(self, slots_per_layer: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., prefetch: _Optional[str] = ..., cache: _Optional[_Union[CacheCounters, _Mapping]] = ..., hints_sent: _Optional[int] = ..., hints_useful: _Optional[int] = ..., requests: _Optional[int] = ..., requests_failed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., store: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., slots_pinned: _Optional[int] = ..., parts: _Optional[_Union[PartSeconds, _Mapping]] = ...) -> None: ...
+    vram_budget: int
+    vram_peak: int
+    vram_used: int
+    vram_tensors_peak: int
+    def __init__(self, slots_per_layer: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., prefetch: _Optional[str] = ..., cache: _Optional[_Union[CacheCounters, _Mapping]] = ..., hints_sent: _Optional[int] = ..., hints_useful: _Optional[int] = ..., requests: _Optional[int] = ..., requests_failed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., store: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., slots_pinned: _Optional[int] = ..., parts: _Optional[_Union[PartSeconds, _Mapping]] = ..., vram_budget: _Optional[int] = ..., vram_peak: _Optional[int] = ..., vram_used: _Optional[int] = ..., vram_tensors_peak: _Optional[int] = ...) -> None: ...
 
 class StopWorkerRequest(_message.Message):
     __slots__ = ()

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.model_config import ModelConfig
+from gpu_worker.cuda.branch import Branch
 from gpu_worker.cuda.kernels import rotation
 from gpu_worker.cuda.kernels.attention_decode import attention_decode
 from gpu_worker.cuda.kernels.expert_products import combine
@@ -50,7 +50,7 @@ class DecodeModel:
         positions = pools.lengths.index_select(0, places)
         pools.lengths.index_copy_(0, places, positions + 1)
         step = DecodeStep(pools, places, positions, pools.max_context)
-        hidden = F.embedding(tokens, self.weights.embeddings).to(self._dtype)
+        hidden = self.weights.embedded(tokens)
         for block in self._blocks:
             block(hidden, step, experts)
         x = normed(hidden, self.weights.norm_f, self.config.layer_norm_epsilon)
@@ -112,27 +112,34 @@ class _MLPBlock:
 
 
 class _MoEBlock:
-    """The MoE block of `layer`."""
+    """The MoE block of `layer`; its shared expert is computed beside routing, look-up and fetching."""
 
-    def __init__(self, norm: Tensor, weights: MoEWeights, config: ModelConfig, layer: int) -> None:
+    def __init__(
+        self, norm: Tensor, weights: MoEWeights, config: ModelConfig, layer: int, branch: Branch
+    ) -> None:
         self._norm, self._gate, self._config, self._layer = norm, weights.gate, config, layer
         self._shared = StepMLP(weights.shared_experts, norm.dtype)
+        self._branch = branch
         self._router = router if usable(config) else router_plain
 
     def __call__(self, hidden: Tensor, step: DecodeStep, experts: StepExperts) -> None:
         x = normed(hidden, self._norm, self._config.layer_norm_epsilon)
         assert x.plain is not None
+        with self._branch.beside():
+            shared = self._shared(x, torch.float32)
         choices = hidden.new_empty(hidden.shape[0], self._config.num_experts_per_tok, dtype=torch.int64)
         weights = torch.empty_like(choices, dtype=torch.float32)
         gate = self._gate.weight, self._gate.e_score_correction_bias
         self._router(x.plain, *gate, self._config, choices, weights)
         products = experts.products(self._layer, x, choices)
-        combine(products, weights, self._shared(x, torch.float32), hidden)
+        self._branch.join()
+        combine(products, weights, shared, hidden)
 
 
 def _blocks(config: ModelConfig, weights: ModelWeights) -> list[Block]:
     """The blocks in order; each kind counts its own, because pools and layers are indexed that way."""
     blocks: list[Block] = []
+    branch = Branch(weights.norm_f.device)
     for number, block in enumerate(weights.blocks):
         index = config.pattern[:number].count(config.pattern[number])
         match block.mixer:
@@ -143,5 +150,5 @@ def _blocks(config: ModelConfig, weights: ModelWeights) -> list[Block]:
             case MLPWeights() as mixer:
                 blocks.append(_MLPBlock(block.norm, mixer, config))
             case MoEWeights() as mixer:
-                blocks.append(_MoEBlock(block.norm, mixer, config, index))
+                blocks.append(_MoEBlock(block.norm, mixer, config, index, branch))
     return blocks

@@ -3,34 +3,35 @@
 Owns the directory, the usage, the pool, and the buffers of a step; decisions and copies are the kernels' in
 `kernels.slots`, and equal those of `gpu_worker.slots.cache` slot for slot. All buffers are allocated once and
 changed in place, so that a captured graph finds them again. Not done here: steps that need more experts than
-there are slots and experts without a frame, which are the host's (`snapshot` and `restore` take the cache
-there and back), and registering the arena.
+there are slots and experts without a frame, which are the host's (it reads `columns` of a layer and puts back
+what became of them by `restore`), prompts (which only `settle` in free slots), and registering the arena.
 
 Order. resolve, fetch and the expert kernels of a step run in one stream, and so does the next step: a slot is
-overwritten only after every kernel that reads its former record, and read only after it was filled. Frames of
+overwritten only after every kernel that reads its former record, and read only after it was filled. What is
+copied ahead runs beside them, and the layer's `fetch`, which its experts wait for, comes after it. Frames of
 such a store are never reused, so a record needs no second look at the arena's directory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from gpu_worker.cuda.kernels import prefetch
 from gpu_worker.cuda.kernels import slots as kernels
-from gpu_worker.cuda.kernels.slots import ABSENT, Directory, Misses
+from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory, Misses
+from gpu_worker.cuda.transfers import Download, upload
+from gpu_worker.slots.cache import LayerState
 from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.slots.policies import POLICIES, Usage
 
 
-class LayerState(NamedTuple):
-    """One layer of the directory on the host; lists by slot."""
-
-    clock: int
-    experts: list[int]  # -1 when free
-    usage: list[Usage]
+def layer_state(clock: Sequence[int], experts: list[int], *usage: Sequence[int]) -> LayerState:
+    """What `DeviceSlots.columns` say, once they are on the host."""
+    return LayerState(clock[0], experts, [Usage(*pair) for pair in zip(*usage, strict=True)])
 
 
 class DeviceSlots:
@@ -74,6 +75,14 @@ class DeviceSlots:
         self.arena_base = ints(1, dtype=torch.int64)
         self.slot_ids = ints(max_pairs)
         self.misses = Misses(ints(1), ints(max_pairs), ints(max_pairs))
+        self.awaited = Awaited(
+            expert=ints(layers, value=ABSENT),
+            slot=ints(layers),
+            frame=ints(layers, value=ABSENT),
+            stop=ints(layers),
+            counters=ints(layers, 3, dtype=torch.int64),
+        )
+        self.ahead = ints(1, value=1)  # 0: nothing is copied ahead
         # The pool is the weight tensor: kernels are handed slots, never copies.
         self.pool = torch.empty(layers, slots, stride, dtype=torch.uint8, device=device)
 
@@ -82,12 +91,17 @@ class DeviceSlots:
         self.arena_base.fill_(arena_base)
         self.frame_of.copy_(frame_of)
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert has its slot, which is then the one of its number: nothing is looked up."""
+        return self.pool.shape[1] == self.frame_of.shape[1]
+
     def resolve(self, layer: int, choices: Tensor) -> Tensor:
         """choices (rows, k) int64, contiguous, to slot ids (rows, k) int32, valid until the next call.
 
         The different experts must fit the slots; the host cannot be told here that they did not.
         """
-        arguments = self.policy, self.directory, self.frame_of, self.slot_ids, self.misses
+        arguments = self.policy, self.directory, self.awaited, self.frame_of, self.slot_ids, self.misses
         kernels.resolve(choices, layer, *arguments)
         return self.slot_ids[: choices.numel()].view(choices.shape)
 
@@ -98,31 +112,53 @@ class DeviceSlots:
         """
         kernels.fetch(layer, self.misses, self.arena_base, self.pool, blocks)
 
+    def reserve(self, layer: int, choices: Tensor) -> None:
+        """`layer` will probably choose these (rows, k): a slot for one that is absent, to `fetch_ahead`.
+
+        To be followed by that and by `resolve` of the layer, in the same step.
+        """
+        prefetch.reserve(choices, layer, self.policy, self.directory, self.awaited, self.frame_of, self.ahead)
+
+    def fetch_ahead(self, layer: int, blocks: int = 16) -> None:
+        """Copy what `reserve` took a slot for, until it is not chosen; to be launched before `fetch`."""
+        prefetch.fetch_ahead(layer, self.awaited, self.arena_base, self.pool, blocks)
+
     def counters(self) -> CacheCounters:
         """Hits, misses and bytes since the start; waits for the device."""
         hits, misses = self.directory.counters.sum(0).tolist()
-        return CacheCounters(hits, misses, misses * self.pool.shape[2])
+        ahead = int(self.awaited.counters[:, 2].sum())
+        return CacheCounters(hits, misses, misses * self.pool.shape[2] + ahead)
+
+    def columns(self, layer: int) -> list[Tensor]:
+        """What is known of a layer's slots, as `layer_state` takes it: to be brought to the host."""
+        columns = (self.directory.expert_of, self.directory.last_used, self.directory.uses)
+        return [self.directory.clock[layer, None], *(column[layer] for column in columns)]
 
     def snapshot(self) -> list[LayerState]:
-        """The directory layer by layer, for the host to go on from; waits for the device."""
-        columns = (self.directory.expert_of, self.directory.last_used, self.directory.uses)
-        rows = zip(self.directory.clock.tolist(), *(column.tolist() for column in columns), strict=True)
-        return [
-            LayerState(clock, experts, [Usage(*pair) for pair in zip(last_used, uses, strict=True)])
-            for clock, experts, last_used, uses in rows
-        ]
+        """The directory layer by layer; waits for the device."""
+        layers = range(self.pool.shape[0])
+        return [layer_state(*Download(self.columns(layer)).wait()) for layer in layers]
 
-    def restore(self, states: Sequence[LayerState]) -> None:
-        """Go on from what the host left, or was warmed with; the records lie in the pool already."""
-        expert_of = torch.tensor([state.experts for state in states], dtype=torch.int32)
-        layers, slots = torch.nonzero(expert_of != ABSENT, as_tuple=True)
-        slot_of = torch.full(self.directory.slot_of.shape, ABSENT, dtype=torch.int32)
-        slot_of[layers, expert_of[layers, slots].long()] = slots.int()
-        self.directory.slot_of.copy_(slot_of)
-        self.directory.expert_of.copy_(expert_of)
-        self.directory.clock.copy_(torch.tensor([state.clock for state in states]))
-        for column, field in ((self.directory.last_used, "last_used"), (self.directory.uses, "uses")):
-            column.copy_(torch.tensor([[getattr(usage, field) for usage in state.usage] for state in states]))
+    def restore(self, layer: int, state: LayerState) -> None:
+        """Go on from what the host made of a layer; the records lie in the pool or are on their way."""
+        slot_of = [ABSENT] * self.directory.slot_of.shape[1]
+        for slot, expert in enumerate(state.experts):
+            if expert != ABSENT:
+                slot_of[expert] = slot
+        last_used, uses = zip(*((usage.last_used, usage.uses) for usage in state.usage), strict=True)
+        values = (slot_of, state.experts, last_used, uses, [state.clock])
+        uploaded = upload(list(chain(*values)), self.pool.device, torch.int32).split([*map(len, values)])
+        for tensor, row in zip(self.directory, uploaded, strict=False):  # all but the counters
+            tensor[layer] = row if tensor.dim() > 1 else row[0]
+
+    def settle(self, layer: int, slot_of: Mapping[int, int]) -> None:
+        """Some experts are in free slots now, as if used once in the last step; their records come there."""
+        experts, slots = upload([*slot_of, *slot_of.values()], self.pool.device).view(2, -1)
+        directory = self.directory
+        directory.slot_of[layer].index_copy_(0, experts, slots.int())
+        directory.expert_of[layer].index_copy_(0, slots, experts.int())
+        directory.last_used[layer].index_copy_(0, slots, directory.clock[layer].expand(len(slot_of)))
+        directory.uses[layer].index_fill_(0, slots, 1)
 
     def check_integrity(self) -> None:
         """To be called between steps; waits for the device. Conservation: both directions say the same."""

@@ -31,8 +31,10 @@ class _Attributes(ctypes.Structure):
 def copy_all(pairs: Sequence[tuple[Tensor, Tensor]], stream: torch.cuda.Stream) -> None:
     """Copy each (source, destination) of equal size on `stream`, sources in page-locked memory.
 
-    One submission where the driver knows how (CUDA 13), else a copy each.
+    One submission where the driver knows how (CUDA 13), else a copy each. Not on the default stream: the
+    driver refuses batches there (CUDA_ERROR_INVALID_VALUE).
     """
+    assert stream.cuda_stream != 0, "no batches of copies on the default stream"
     submit = _batched()
     if submit is None or not pairs:
         with torch.cuda.stream(stream):

@@ -1,6 +1,8 @@
-"""The engine on a GPU: prompts as everywhere, decode steps as a captured graph for each number of sequences.
+"""The engine on a GPU: decode steps as captured graphs where the device can drive them, else led by the host.
 
-`eager` launches the same kernels one by one instead, and gives the same bits. Used by one thread alone.
+`eager` launches the same kernels one by one instead, and gives the same bits; so does the host. Used by one
+thread alone. (PyTorch's attention biases are imported here because that takes seconds, for which the first
+long prompt need not wait.)
 """
 
 from __future__ import annotations
@@ -8,26 +10,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.attention.bias
 from torch import Tensor
 
 from gpu_worker.cuda.decode_model import DecodeModel
 from gpu_worker.cuda.experts import DeviceExperts
-from gpu_worker.cuda.graphs import CapturedSteps
+from gpu_worker.cuda.graphs import CapturedSteps, Decoded
+from gpu_worker.cuda.kernels.best_token import best_token
+from gpu_worker.cuda.memory import captured_sizes
+from gpu_worker.cuda.transfers import upload
 from gpu_worker.engine import Engine
 from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
 
 
 class DeviceEngine(Engine):
-    """Steps over experts that the device itself looks up and fetches."""
+    """Steps over the slots of the device."""
 
     def __init__(
         self, model: NemotronH, decode: DecodeModel, pools: StatePools, experts: DeviceExperts, eager: bool
     ) -> None:
         super().__init__(model, pools, experts)
         self._decode, self._device_experts = decode, experts
-        device = pools.lengths.device
-        self._captured = None if eager else CapturedSteps(self._step, pools.sequences, device)
+        self._device = pools.lengths.device
+        sizes = [] if eager else list(filter(experts.device_drives, captured_sizes(pools.sequences)))
+        self._captured = CapturedSteps(self._step, sizes, self._device)
+        self.launches_only = bool(sizes)
         # Capturing decoded token 0 at places that are free: as new again.
         for place in range(pools.sequences):
             pools.reset(place)
@@ -39,11 +47,17 @@ class DeviceEngine(Engine):
         """One token for each of several sequences: logits (b, vocab_size) float32, until the next step."""
         for place in places:
             self._lengths[place] += 1
-        if self._captured is not None:
-            return self._captured(tokens, places)
-        device = self.pools.lengths.device
-        return self._step(torch.tensor(tokens, device=device), torch.tensor(places, device=device))
+        if self._device_experts.device_drives(len(places)):
+            self._device_experts.before_step(len(places))
+            if len(places) in self._captured:
+                return self._told(self._captured(tokens, places))
+        return self._told(self._step(upload(tokens, self._device), upload(places, self._device)))
+
+    def _told(self, decoded: Decoded) -> Tensor:
+        self.best = decoded.best
+        return decoded.logits
 
     @torch.inference_mode()
-    def _step(self, tokens: Tensor, places: Tensor) -> Tensor:
-        return self._decode(tokens, places, self.pools, self._device_experts.steps)
+    def _step(self, tokens: Tensor, places: Tensor) -> Decoded:
+        logits = self._decode(tokens, places, self.pools, self._device_experts.steps(len(tokens)))
+        return Decoded(logits, best_token(logits))

@@ -1,49 +1,65 @@
-"""The routed experts of a worker on a GPU: the slot cache, the arena it is filled from, and who drives it.
+"""The routed experts of a worker on a GPU: the slots, what they are filled from, and who drives a step.
 
-Where the store keeps every expert in RAM and a row's experts fit the slots, the device drives: look-up, fetch
-and computing are kernels of one captured step. Prompts go through here by the host, expert by expert, and
-read what is resident from its slot and everything else through a staging buffer, so that they leave decode's
-working set alone. Not done here: stores that lack frames, which `gpu_worker.slots` serves.
+Where the store keeps every expert in RAM and a step's experts fit the slots, the device drives: look-up,
+fetch and computing are kernels of one captured step. The host drives every other step, over the same slots by
+the same kernels, and all prompts. Not done here: any of it (`step_experts`, `host_steps`, `prompt_experts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from common.expert_key import ExpertKey
+from common.model_config import ModelConfig
 from common.record import RecordLayouts
 from gpu_worker.cuda.device_slots import DeviceSlots
-from gpu_worker.cuda.host_memory import RegisteredArena
-from gpu_worker.cuda.kernels.slots import ABSENT
-from gpu_worker.cuda.staging_buffer import StagingBuffer
-from gpu_worker.cuda.step_experts import SlotSteps
-from gpu_worker.kernels.expert_mlp import combine, expert_mlp
+from gpu_worker.cuda.fetch_ahead import FetchAhead
+from gpu_worker.cuda.host_steps import HostSteps
+from gpu_worker.cuda.prompt_experts import PromptExperts
+from gpu_worker.cuda.record_copies import RecordCopies, wait_for
+from gpu_worker.cuda.staging_ring import StagingRing
+from gpu_worker.cuda.step_experts import SlotSteps, StepExperts
+from gpu_worker.model.weights import RouterWeights
 from gpu_worker.slots.counters import CacheCounters
-from gpu_worker.slots.groups import Groups
-from gpu_worker.slots.hints import Hints
-
-STAGED = 4  # records in each half of the staging buffer: 26 MB, half a millisecond of a PCIe 5 link
+from gpu_worker.slots.fetch import CountedFetch
+from gpu_worker.slots.hints import Hints, Prefetching
 
 
 class DeviceExperts:
     """Implements `RoutedExperts` for prompts, and has `steps` for decode; for the engine's thread alone."""
 
     pinned = 0  # nothing is held between steps
-    wants_hints = False  # every expert is in RAM
 
     def __init__(
-        self, layouts: RecordLayouts, cache: DeviceSlots, arena: RegisteredArena, hints: Hints
+        self,
+        layouts: RecordLayouts,
+        cache: DeviceSlots,
+        copies: RecordCopies,
+        hints: Hints,
+        gates: Sequence[RouterWeights],
+        config: ModelConfig,
     ) -> None:
-        self.hints, self.cache = hints, cache
-        self._layouts, self._arena = layouts, arena
-        self.steps = SlotSteps(layouts, cache)
-        self._staging = StagingBuffer(STAGED, layouts.stride, cache.pool.device)
-        self._prompts = CacheCounters()
-        self._frame_of = arena.frame_of
-        cache.attach(arena.address, self._frame_of)
+        """`gates`: the routers of all layers."""
+        self.cache = cache
+        self._hints, self._ahead = hints, FetchAhead(hints.mode, cache)
+        self._copies, self._config, self._counters = copies, config, CacheCounters()
+        fetch = CountedFetch(copies.fetch, self._counters, hints.note_misses)
+        self.ring = StagingRing(copies, fetch, layouts.stride, cache.pool.device)
+        ahead = self._by_device and hints.mode != "off"
+        self._prompts = PromptExperts(layouts, cache, self.ring, ahead, self._counters)
+        self._host = HostSteps(layouts, cache, copies, fetch, self._counters, hints, gates, config)
+        self._device = SlotSteps(layouts, cache, gates, config, ahead)
+        if self._by_device:
+            cache.attach(copies.arena.address, copies.arena.frame_of)
+        if self._by_device and cache.holds_all:
+            self._load_all()
+
+    @property
+    def hints(self) -> Prefetching:
+        """What is fetched before it is needed: into slots by the device, or into frames by the store."""
+        return self._ahead if self._by_device else self._hints
 
     @property
     def slots(self) -> int:
@@ -52,49 +68,62 @@ class DeviceExperts:
 
     @property
     def nbytes(self) -> int:
-        return self.cache.pool.nbytes + self._staging.nbytes
+        return self.cache.pool.nbytes + self.ring.nbytes
 
     @property
     def counters(self) -> CacheCounters:
-        """Of steps, which the device counts, and of prompts; waits for the device."""
-        return self.cache.counters().plus(self._prompts)
+        """Of steps, which the device counts, and of what the host drove; waits for the device."""
+        return self.cache.counters().plus(self._counters)
+
+    @property
+    def wants_hints(self) -> bool:
+        return self._hints.wanted()
 
     def describe(self) -> str:
-        """The policy in force."""
-        return f"{self.cache.policy}, decided on the device"
+        """The policy in force, and who follows it for one sequence."""
+        return f"{self.cache.policy}, decided on the {'device' if self.device_drives(1) else 'host'}"
+
+    def device_drives(self, rows: int) -> bool:
+        """Whether steps of so many sequences need nothing of the host."""
+        pairs = rows * self._config.num_experts_per_tok
+        return self._by_device and min(pairs, self._config.n_routed_experts) <= self.slots
+
+    def before_step(self, rows: int) -> None:
+        """Before every step that the device drives, once the last one's results were looked at."""
+        self._ahead.before_step()
+        if self.cache.holds_all:  # then nothing is looked up, nor counted on the device
+            self._counters.hits += rows * self._config.num_experts_per_tok * self._config.num_layers
+
+    def steps(self, rows: int) -> StepExperts:
+        """What computes the experts of a step of so many sequences."""
+        return self._device if self.device_drives(rows) else self._host
 
     def hint(self, layer: int, choices: Tensor) -> None:
-        """Never wanted."""
+        """A prompt's next layer will probably choose these (rows, k)."""
+        slot_of = self.cache.directory.slot_of[layer].tolist()
+        experts = sorted(set(choices.flatten().tolist()))
+        self._hints.send([ExpertKey(layer, expert) for expert in experts if slot_of[expert] < 0])
+
+    def expect(self, layer: int, choices: Tensor) -> None:
+        self._prompts.expect(layer, choices)
+
+    def compute(self, layer: int, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+        """A prompt's: see `RoutedExperts`."""
+        return self._prompts.compute(layer, x, choices, weights)
 
     def check_integrity(self) -> None:
         self.cache.check_integrity()
 
     def close(self) -> None:
-        """Once no kernel reads the arena any more."""
-        if self.cache.pool.is_cuda:
-            torch.cuda.synchronize(self.cache.pool.device)
-        self._arena.close()
+        self._copies.close()
 
-    def compute(self, layer: int, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
-        """A prompt's: see `RoutedExperts`. Host-driven: waits for the device once, to learn the choices."""
-        groups, layout, k = Groups.of(choices), self._layouts[layer], choices.shape[1]
-        positions = dict(zip(groups.experts, groups.positions, strict=True))
-        products = x.new_empty(choices.numel(), x.shape[1], dtype=torch.float32)
-        for expert, record in self._records(layer, groups.experts):
-            index = torch.from_numpy(positions[expert]).to(x.device)
-            made = expert_mlp(x[index // k], layout.up.view(record), layout.down.view(record))
-            products[index] = made.float()
-        return combine(products, weights, x.dtype)
+    def _load_all(self) -> None:
+        """Every expert into the slot of its number, for steps that look nothing up."""
+        for layer, pool in enumerate(self.cache.pool):
+            self._copies.fetch([(ExpertKey(layer, expert), record) for expert, record in enumerate(pool)])
+            self.cache.settle(layer, {expert: expert for expert in range(len(pool))})
+        wait_for(self._copies.done())
 
-    def _records(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Every expert with its record in device memory: the resident ones first, where they lie."""
-        slot_of = self.cache.directory.slot_of[layer].tolist()
-        resident = [expert for expert in experts if slot_of[expert] != ABSENT]
-        others = [expert for expert in experts if slot_of[expert] == ABSENT]
-        self._prompts.hits += len(resident)
-        self._prompts.misses += len(others)
-        self._prompts.bytes_fetched += len(others) * self._layouts.stride
-        frames = [self._arena.frames[frame] for frame in self._frame_of[layer, others].tolist()]
-        staged = chain.from_iterable(self._staging.waves(frames))
-        yield from ((expert, self.cache.pool[layer, slot_of[expert]]) for expert in resident)
-        yield from zip(others, staged, strict=True)
+    @property
+    def _by_device(self) -> bool:
+        return self._copies.full and not self._copies.one_by_one

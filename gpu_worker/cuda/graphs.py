@@ -9,36 +9,47 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# tokens, places (b,) int64 to logits (b, vocab) float32
-Step = Callable[[Tensor, Tensor], Tensor]
+
+class Decoded(NamedTuple):
+    """What comes of a step for b sequences."""
+
+    logits: Tensor  # (b, vocab) float32
+    best: Tensor  # (b, 2) float64: the most probable token and its log-probability
+
+
+# tokens, places (b,) int64
+Step = Callable[[Tensor, Tensor], Decoded]
 
 
 class CapturedSteps:
-    """A graph of `step` for every number of sequences up to `most`.
+    """A graph of `step` for each of some numbers of sequences.
 
     Capturing runs the step at the places 0, 1, ..., which must be free and are to be reset afterwards.
     """
 
-    def __init__(self, step: Step, most: int, device: torch.device) -> None:
+    def __init__(self, step: Step, sizes: Sequence[int], device: torch.device) -> None:
         started = time.monotonic()
         self._graphs: dict[int, _Captured] = {}
         memory = None
-        for size in range(most, 0, -1):  # the largest first: the others reuse its memory
+        for size in sorted(sizes, reverse=True):  # the largest first: the others reuse its memory
             captured = self._graphs[size] = _Captured(step, size, device, memory)
             memory = captured.graph.pool()
-        log.info(
-            "captured the decode steps of up to %d sequences in %.1f s", most, time.monotonic() - started
-        )
+        if sizes:
+            took = time.monotonic() - started
+            log.info("captured the decode steps of %s sequences in %.1f s", ", ".join(map(str, sizes)), took)
 
-    def __call__(self, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
-        """Logits (b, vocab) float32, valid until the next step."""
+    def __contains__(self, size: int) -> bool:
+        return size in self._graphs
+
+    def __call__(self, tokens: Sequence[int], places: Sequence[int]) -> Decoded:
+        """Valid until the next step."""
         return self._graphs[len(tokens)].replay(tokens, places)
 
 
@@ -59,11 +70,11 @@ class _Captured:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=memory):
             inputs.copy_(self._staged, non_blocking=True)
-            self._logits = step(*inputs)
+            self._decoded = step(*inputs)
         self._inputs = inputs  # the graph knows only its address
 
-    def replay(self, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
+    def replay(self, tokens: Sequence[int], places: Sequence[int]) -> Decoded:
         # The last replay has ended, since its logits were looked at: nobody reads these any more.
         self._staged.copy_(torch.tensor([list(tokens), list(places)]))
         self.graph.replay()
-        return self._logits
+        return self._decoded

@@ -20,14 +20,14 @@ _POLL_SECONDS = 0.05
 
 
 class RegisteredArena:
-    """Owns the registration of a full arena's frames with CUDA; nothing is registered for a CPU.
+    """Owns the registration of an arena's frames with CUDA; nothing is registered for a CPU.
 
     Memory can be registered once at a time, so one of these must be closed before the next is made.
     """
 
     def __init__(self, arena: MappedArena, device: torch.device) -> None:
         """Raises ConfigError when the driver cannot register memory that is mapped read-only."""
-        self._arena = arena
+        self.mapped = arena
         self._registered = device.type == "cuda"
         if self._registered:
             frames, runtime = arena.frames, torch.cuda.cudart()
@@ -41,7 +41,7 @@ class RegisteredArena:
     @property
     def frames(self) -> Tensor:
         """(frames, stride) uint8, on the host."""
-        return self._arena.frames
+        return self.mapped.frames
 
     @property
     def address(self) -> int:
@@ -50,8 +50,8 @@ class RegisteredArena:
 
     @property
     def frame_of(self) -> Tensor:
-        """Where each expert lies: (layers, experts) int32. All are READY, and stay where they are."""
-        return torch.from_numpy(self._arena.frame_of())
+        """Where each expert lies: (layers, experts) int32; of an arena where all are READY for good."""
+        return torch.from_numpy(self.mapped.frame_of())
 
     def close(self) -> None:
         if self._registered:

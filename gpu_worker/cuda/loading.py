@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 
+from common.hlwq.matrix import PackedMatrix
+from common.hlwq.planes import RAW_BITS
 from common.model_config import ModelConfig
 from common.record import RecordLayouts
 from common.units import format_bytes
@@ -11,10 +15,13 @@ from gpu_worker.cuda.decode_model import DecodeModel
 from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.engine import DeviceEngine
 from gpu_worker.cuda.experts import DeviceExperts
-from gpu_worker.cuda.host_memory import RegisteredArena, wait_until_full
+from gpu_worker.cuda.host_memory import wait_until_full
+from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
+from gpu_worker.cuda.record_copies import RecordCopies
+from gpu_worker.model.linear import Linear
 from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
-from gpu_worker.model.weights import ModelWeights
+from gpu_worker.model.weights import ModelWeights, MoEWeights
 from gpu_worker.slots.fetch import Fetcher
 from gpu_worker.slots.hints import Hints
 
@@ -33,14 +40,35 @@ def device_engine(
     fetcher: Fetcher,
     hints: Hints,
     config: ModelConfig,
+    sync_fetch: bool = False,
 ) -> DeviceEngine:
-    """For a store that keeps every expert in RAM, and slots for one row's experts at least."""
+    """`eager`: without captured graphs; `sync_fetch`: the host fetches records singly, and waits for each.
+
+    Waits until a store that keeps every expert in RAM has read them all; Unavailable if that takes too long.
+    """
     device = pools.lengths.device
-    wait_until_full(fetcher.arena, FULL_TIMEOUT)
+    if fetcher.all_fit():
+        wait_until_full(fetcher.arena, FULL_TIMEOUT)
     shape = (config.num_layers, config.n_routed_experts, slots, layouts.stride)
-    pairs = pools.sequences * config.num_experts_per_tok
-    cache = DeviceSlots(*shape, policy, pairs, device)
-    experts = DeviceExperts(layouts, cache, RegisteredArena(fetcher.arena, device), hints)
-    log.info("%d slots a layer, filled by the device: %s", slots, format_bytes(experts.nbytes))
+    cache = DeviceSlots(*shape, policy, pools.sequences * config.num_experts_per_tok, device)
+    for linear in _linears(model_weights):
+        if isinstance(linear.weight, PackedMatrix) and linear.weight.bits != RAW_BITS:
+            linear.computed_by(PackedLinear(linear.weight))
+    gates = [block.mixer.gate for block in model_weights.blocks if isinstance(block.mixer, MoEWeights)]
+    copies = RecordCopies(fetcher, device, one_by_one=sync_fetch)
+    experts = DeviceExperts(layouts, cache, copies, hints, gates, config)
+    log.info("slots and staging: %s; %s", format_bytes(experts.nbytes), experts.describe())
     model = NemotronH(config, model_weights, experts)
     return DeviceEngine(model, DecodeModel(config, model_weights), pools, experts, eager)
+
+
+def _linears(part: object) -> Iterator[Linear]:
+    """All projections of some weights."""
+    if isinstance(part, Linear):
+        yield part
+    elif isinstance(part, tuple):
+        for member in part:
+            yield from _linears(member)
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _linears(getattr(part, field.name))

@@ -9,13 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from common.hlwq.planes import RAW_BITS
+from common.model_config import ModelConfig
 from common.record import RecordLayout, RecordLayouts
+from gpu_worker.cuda.branch import Branch
 from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.kernels.expert_products import ExpertProducts
+from gpu_worker.cuda.kernels.router import router, usable
 from gpu_worker.cuda.linear import Activations, squared_relu
+from gpu_worker.model.weights import RouterWeights
 
 
 class StepExperts(Protocol):
@@ -31,11 +36,17 @@ class SlotKernels:
     def __init__(self, layout: RecordLayout) -> None:
         self._up, self._down = ExpertProducts(layout.up), ExpertProducts(layout.down)
 
-    def __call__(self, x: Activations, pool: Tensor, slot_ids: Tensor, k: int) -> Tensor:
-        """x's rows by the experts in slot_ids (rows * k,) int32 of pool (slots, stride)."""
+    def __call__(
+        self, x: Activations, pool: Tensor, slot_ids: Tensor, k: int, out: Tensor | None = None
+    ) -> Tensor:
+        """x's rows by the experts in slot_ids (rows * k,) of pool (slots, stride).
+
+        Returns (rows * k, hidden) float32, or writes to `out`, where products of negative slot ids are left
+        as they are.
+        """
         inner = self._up(_wanted(x, self._up), pool, slot_ids, k)
         activated = squared_relu(inner, self._down.layout.bits != RAW_BITS)
-        return self._down(_wanted(activated, self._down), pool, slot_ids, 1)
+        return self._down(_wanted(activated, self._down), pool, slot_ids, 1, out)
 
 
 def _wanted(x: Activations, projection: ExpertProducts) -> Tensor:
@@ -45,15 +56,51 @@ def _wanted(x: Activations, projection: ExpertProducts) -> Tensor:
 
 
 class SlotSteps:
-    """Implements `StepExperts` without the host: the device looks up, fetches and computes."""
+    """Implements `StepExperts` without the host: the device looks up, fetches, fetches ahead and computes.
 
-    def __init__(self, layouts: RecordLayouts, cache: DeviceSlots) -> None:
-        self._kernels, self._cache = kernels_of(layouts), cache
+    Two branches run beside the step: all copies, in the order in which layers need them, and the guesses what
+    to copy ahead. The residual stream changes little from block to block, so the next layer's router mostly
+    chooses from this layer's input what it will choose from its own.
+    """
+
+    def __init__(
+        self,
+        layouts: RecordLayouts,
+        cache: DeviceSlots,
+        gates: Sequence[RouterWeights],
+        config: ModelConfig,
+        ahead: bool,
+    ) -> None:
+        """`gates`: the routers of all layers; `ahead`: whether to copy ahead at all."""
+        self._kernels, self._cache, self._config = kernels_of(layouts), cache, config
+        self._gates = gates if ahead and usable(config) else ()
+        self._copies, self._guesses = (Branch(cache.pool.device) for _ in range(2))
 
     def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
+        pool, k = self._cache.pool[layer], choices.shape[1]
+        if self._cache.holds_all:
+            return self._kernels[layer](x, pool, choices.view(-1), k)
+        guessed = layer + 1 < len(self._gates)
+        if guessed:
+            with self._guesses.beside():
+                self._cache.reserve(layer + 1, self._predicted(layer + 1, x, choices))
         slot_ids = self._cache.resolve(layer, choices)
-        self._cache.fetch(layer)
-        return self._kernels[layer](x, self._cache.pool[layer], slot_ids.view(-1), choices.shape[1])
+        with self._copies.beside():
+            self._cache.fetch(layer)
+        self._copies.join()
+        if guessed:
+            self._copies.after(self._guesses)
+            with self._copies.beside():
+                self._cache.fetch_ahead(layer + 1)
+        return self._kernels[layer](x, pool, slot_ids.view(-1), k)
+
+    def _predicted(self, layer: int, x: Activations, like: Tensor) -> Tensor:
+        """What the router of `layer` makes of an earlier layer's input."""
+        assert x.plain is not None
+        choices, weights = torch.empty_like(like), torch.empty_like(like, dtype=torch.float32)
+        gate = self._gates[layer]
+        router(x.plain, gate.weight, gate.e_score_correction_bias, self._config, choices, weights)
+        return choices
 
 
 def kernels_of(layouts: RecordLayouts) -> Sequence[SlotKernels]:

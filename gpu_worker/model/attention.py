@@ -23,9 +23,18 @@ def attend_chunk(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     (t, heads, _), (kv_heads, s, _) = q.shape, keys.shape
     grouped = torch.unflatten(q, 1, (kv_heads, -1)).permute(1, 2, 0, 3)
     keys, values = (m[:, None].expand(-1, heads // kv_heads, -1, -1) for m in (keys, values))
-    mask = None if s == t else torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    mask = None if s == t else _lower_right(t, s, q.device)
     y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=mask is None)
     return y.permute(2, 0, 1, 3).reshape(t, -1)
+
+
+def _lower_right(t: int, s: int, device: torch.device) -> Tensor:
+    """Which of s positions the last t may see. Kernels of the GPU know this mask without being shown it."""
+    if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # takes a second, which a CPU need not wait
+
+        return causal_lower_right(t, s)
+    return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
 
 
 def attend_batch(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.hlwq import native
 from common.hlwq.matrix import PackedMatrix, raw_matrix
+from common.hlwq.planes import RAW_BITS
 
 
 class Linear:
@@ -19,8 +20,7 @@ class Linear:
         self.weight = weight
         self._product: Callable[[Tensor], Tensor] = self._plain
         if isinstance(weight, PackedMatrix):
-            # Decoding a token makes a hundred short calls of these: whatever can be prepared, is.
-            self._product = native.Product(weight) if native.usable(*weight.planes) else weight.product
+            self._product = _packed_product(weight)
 
     @classmethod
     def of(cls, weight: Tensor | PackedMatrix, dtype: torch.dtype, device: torch.device) -> Linear:
@@ -36,6 +36,10 @@ class Linear:
         """x (..., in) to (..., out), in x.dtype."""
         return self._product(x)
 
+    def computed_by(self, product: Callable[[Tensor], Tensor]) -> None:
+        """From now on by `product`, which has the same weights."""
+        self._product = product
+
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
@@ -43,3 +47,15 @@ class Linear:
     def _plain(self, x: Tensor) -> Tensor:
         assert isinstance(self.weight, Tensor)
         return F.linear(x, self.weight)
+
+
+def _packed_product(matrix: PackedMatrix) -> Callable[[Tensor], Tensor]:
+    """Decoding a token makes a hundred short calls of these: whatever can be prepared, is."""
+    if native.usable(*matrix.planes):
+        return native.Product(matrix)
+    if matrix.planes[0].is_cuda and matrix.bits != RAW_BITS:
+        # Imported here because without a GPU Triton need not be there.
+        from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
+
+        return PackedLinear(matrix)
+    return matrix.product

@@ -17,6 +17,8 @@ from gpu_worker.model.ssd import ssd_chunk_scan, ssd_step
 from gpu_worker.model.states import PrefillStep, Step
 from gpu_worker.model.weights import Mamba2Weights
 
+SCANNED_TOKENS = 1024  # at a time, where PyTorch scans: it takes 200 KB of memory for a token of the 30B
+
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """Depthwise convolution over time, then silu: x (b, t, channels), weight (channels, kernel).
@@ -56,19 +58,23 @@ class Mamba2:
         conv, ssm = step.pools.conv[self.index], step.pools.ssm[self.index]
         projected = self.weights.in_proj(x)
         if isinstance(step, PrefillStep):
-            rows, places = projected[None], torch.tensor([step.sequence], device=x.device)
+            # Made by the device: a tensor from the host would wait for all that was launched before.
+            rows, places = projected[None], torch.arange(step.sequence, step.sequence + 1, device=x.device)
         else:
             rows, places = projected[:, None], step.sequences
         scan = self._kernel if self._kernel.usable(rows, conv, ssm) else self.scan
         return self.weights.out_proj(scan(rows, conv, ssm, places).flatten(0, 1))
 
     def scan(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Tensor) -> Tensor:
-        """The twin of Mamba2Kernel."""
-        states = (pool.index_select(0, places) for pool in (conv, ssm))
-        y, new_conv, new_ssm = self.mix(projected, *states)
+        """The twin of Mamba2Kernel. Some tokens at a time: states go from one part to the next."""
+        new_conv, new_ssm = (pool.index_select(0, places) for pool in (conv, ssm))
+        parts = []
+        for part in projected.split(SCANNED_TOKENS, dim=1):
+            y, new_conv, new_ssm = self.mix(part, new_conv, new_ssm)
+            parts.append(y)
         conv.index_copy_(0, places, new_conv)
         ssm.index_copy_(0, places, new_ssm)
-        return y
+        return torch.cat(parts, dim=1)
 
     def mix(self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What lies between the projections: projected (b, t, gate + convolution inputs + dt) after the given

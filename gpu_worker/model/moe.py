@@ -26,6 +26,9 @@ class RoutedExperts(Protocol):
     def wants_hints(self) -> bool:
         """Whether `hint` should be called now."""
 
+    def expect(self, layer: int, choices: Tensor) -> None:
+        """`compute` comes next with these: whatever can be done until then, may be."""
+
     def compute(self, layer: int, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """Sum over ranks, in rank order, of weights[:, rank] * expert choices[:, rank] of x; in x.dtype.
 
@@ -83,8 +86,9 @@ class MoE:
             # The residual stream changes little from block to block, so the next router mostly chooses from
             # this layer's input what it will choose from its own. Before compute: staging overlaps with it.
             self.experts.hint(self.layer + 1, self._route(x, self.next_gate)[0])
-        routed = self.experts.compute(self.layer, x, choices, weights)
-        return routed + self._shared(x)
+        self.experts.expect(self.layer, choices)
+        shared = self._shared(x)
+        return self.experts.compute(self.layer, x, choices, weights) + shared
 
     def _route(self, x: Tensor, gate: RouterWeights) -> tuple[Tensor, Tensor]:
         return route(x, gate.weight, gate.e_score_correction_bias, self.config)

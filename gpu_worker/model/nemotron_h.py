@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.model_config import ModelConfig
@@ -34,12 +33,13 @@ class NemotronH:
         self.blocks = list(zip(weights.blocks, _mixers(config, weights, experts), strict=True))
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, sequence: int, pools: StatePools) -> Tensor:
+    def prefill(self, tokens: Tensor, sequence: int, pools: StatePools, start: int | None = None) -> Tensor:
         """The next t >= 1 tokens of one sequence: tokens (t,) int64 to hidden (t, hidden_size).
 
-        Takes memory in proportion to t * (chunk_size + tokens so far), so long prompts come in chunks.
+        `start` is the number of tokens so far, from callers that need not ask the device for it. Takes memory
+        in proportion to t, so long prompts come in chunks.
         """
-        start, t = int(pools.lengths[sequence]), tokens.shape[0]
+        start, t = int(pools.lengths[sequence]) if start is None else start, tokens.shape[0]
         assert 0 < t <= pools.max_context - start, (
             f"{t} tokens after {start} in a context of {pools.max_context}"
         )
@@ -71,7 +71,7 @@ class NemotronH:
 
     def _run(self, tokens: Tensor, step: Step) -> Tensor:
         epsilon = self.config.layer_norm_epsilon
-        hidden = F.embedding(tokens, self.weights.embeddings).to(self.weights.norm_f.dtype)
+        hidden = self.weights.embedded(tokens)
         for kind, (block, mixer) in zip(self.config.pattern, self.blocks, strict=True):
             with self.times.spent_in(kind):
                 hidden = hidden + mixer(rms_norm(hidden, block.norm, epsilon), step)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint.names import dense_shapes, packable_dense
@@ -71,11 +72,20 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    embeddings: Tensor  # (vocab, hidden), as stored
+    embeddings: Tensor  # (vocab, hidden), as stored; page-locked on the host where the rest is on a GPU
     blocks: tuple[BlockWeights, ...]
     norm_f: Tensor  # (hidden,)
     lm_head: Linear  # (vocab, hidden)
-    nbytes: int  # of all of them together
+    nbytes: int  # of all on the device together
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """tokens (rows,) int64 to (rows, hidden) in the compute dtype."""
+        dtype = self.norm_f.dtype
+        if tokens.device == self.embeddings.device:
+            return F.embedding(tokens, self.embeddings).to(dtype)
+        from gpu_worker.cuda.kernels.embedding import embedding  # Triton is for those who have a GPU
+
+        return embedding(tokens, self.embeddings, dtype)
 
 
 def build_weights(
@@ -88,7 +98,7 @@ def build_weights(
     _check(tensors, config)
     source = _Source(tensors, dtype, torch.device(device))
     weights = ModelWeights(
-        embeddings=source.stored("backbone.embeddings.weight"),
+        embeddings=source.looked_up("backbone.embeddings.weight"),
         blocks=tuple(_block(source, config, index) for index in range(len(config.pattern))),
         norm_f=source.tensor("backbone.norm_f.weight"),
         lm_head=source.linear("lm_head.weight"),
@@ -127,12 +137,14 @@ class _Source:
         self.nbytes += placed.nbytes
         return placed
 
-    def stored(self, name: str) -> Tensor:
-        """Uncast: rows are looked up, so the few that are needed can be cast then."""
+    def looked_up(self, name: str) -> Tensor:
+        """Uncast, and left on the host: rows are looked up, so the few that are needed can come then."""
         found = self.tensors[name]
         assert isinstance(found, Tensor)
+        if self.device.type == "cuda" and not found.is_cuda:
+            return found.pin_memory()
         self.nbytes += found.nbytes
-        return found.to(self.device)
+        return found
 
     def linear(self, name: str) -> Linear:
         linear = Linear.of(self.tensors[name], self.dtype, self.device)

@@ -9,7 +9,17 @@ only: bytes are moved by `fetch`, victims chosen by `policies`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from gpu_worker.slots.policies import Policy, Usage
+
+
+class LayerState(NamedTuple):
+    """What there is to know of one layer's slots between steps; lists by slot."""
+
+    clock: int
+    experts: list[int]  # -1 when free
+    usage: list[Usage]
 
 
 class LayerSlots:
@@ -25,6 +35,23 @@ class LayerSlots:
         self._filling: dict[int, int] = {}  # expert -> slot
         self._resident: dict[int, int] = {}  # expert -> slot
         self._pins: set[int] = set()  # experts
+
+    @classmethod
+    def resumed(cls, state: LayerState, policy: Policy) -> LayerSlots:
+        """Slots that go on from `state`."""
+        slots = cls(len(state.experts), policy)
+        slots._clock, slots._usage = state.clock, state.usage
+        slots._resident = {expert: slot for slot, expert in enumerate(state.experts) if expert >= 0}
+        slots._free = [slot for slot in range(slots.slots - 1, -1, -1) if state.experts[slot] < 0]
+        return slots
+
+    def state(self) -> LayerState:
+        """For others to go on from; nothing may be filling."""
+        assert not self._filling
+        experts = [-1] * self.slots
+        for expert, slot in self._resident.items():
+            experts[slot] = expert
+        return LayerState(self._clock, experts, self._usage)
 
     @property
     def free(self) -> int:

@@ -54,6 +54,9 @@ class DirectExperts:
         """The next step of `layer` will probably choose these (rows, k)."""
         self.hints.send([ExpertKey(layer, expert) for expert in sorted(set(choices.flatten().tolist()))])
 
+    def expect(self, layer: int, choices: Tensor) -> None:
+        """Nothing is to be done: frames are used where they lie."""
+
     def compute(self, layer: int, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """x (rows, hidden), choices and weights (rows, k) to (rows, hidden), summed in rank order."""
         groups = Groups.of(choices)

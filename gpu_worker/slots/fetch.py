@@ -20,9 +20,14 @@ from common.arena import MappedArena
 from common.errors import CheckpointError, Exhausted, ServingError, Unavailable
 from common.expert_key import ExpertKey
 from common.messages import Done, Failed, Fault, Kind, request, unpack_reply
+from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.store_link import Attachment, StoreLink
 
 Wanted = tuple[ExpertKey, Tensor]
+# Copies those of the records that are READY to their places; returns which, once they are there whole.
+Read = Callable[[MappedArena, Sequence[Wanted]], set[ExpertKey]]
+# Fills all of the places; returns the experts that had to be staged first.
+Fetch = Callable[[Sequence[Wanted]], set[ExpertKey]]
 # Makes use of a record that was staged; False if its frame was reused meanwhile.
 Take = Callable[[MappedArena, ExpertKey], bool]
 
@@ -41,6 +46,26 @@ def read_ready(arena: MappedArena, wanted: Sequence[Wanted]) -> set[ExpertKey]:
     share = len(wanted) > 1 and sum(slot.nbytes for _, slot in wanted) >= _SHARED_BYTES
     read = (_COPIERS.map if share else map)(lambda item: arena.read(*item), wanted)
     return {key for (key, _), whole in zip(wanted, read, strict=True) if whole}
+
+
+class CountedFetch:
+    """Fetches, and counts what that took."""
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        counters: CacheCounters,
+        note: Callable[[Sequence[ExpertKey], set[ExpertKey]], None],
+    ) -> None:
+        """`note` is told the experts of every fetch, and which of them were staged."""
+        self._fetch, self._counters, self._note = fetch, counters, note
+
+    def __call__(self, wanted: Sequence[Wanted]) -> None:
+        with self._counters.fetching():
+            staged = self._fetch(wanted)
+        self._counters.bytes_fetched += sum(place.nbytes for _, place in wanted)
+        self._counters.staged += len(staged)
+        self._note([key for key, _ in wanted], staged)
 
 
 class _StoreGone(Exception):
@@ -68,14 +93,15 @@ class Fetcher:
         assert self._link.last_attachment is not None, "fetching before the first attachment"
         return self._link.last_attachment.arena
 
-    def fetch(self, wanted: Sequence[Wanted]) -> set[ExpertKey]:
+    def fetch(self, wanted: Sequence[Wanted], read: Read = read_ready) -> set[ExpertKey]:
         """Copy each record into its slot; returns the experts that had to be staged first.
 
-        Raises what `stage` raises.
+        `read` says how, and must have ended when it returns: then the frame is released. Raises what `stage`
+        raises.
         """
-        ready = read_ready(self.arena, wanted)
+        ready = read(self.arena, wanted)
         absent = {key: slot for key, slot in wanted if key not in ready}
-        self.stage(absent, lambda arena, key: arena.read(key, absent[key]))
+        self.stage(absent, lambda arena, key: bool(read(arena, [(key, absent[key])])))
         return set(absent)
 
     def stage(self, keys: Iterable[ExpertKey], take: Take) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from common.expert_key import ExpertKey
 from gpu_worker.slots.fetch import Fetcher
@@ -25,6 +26,17 @@ _REMEMBERED = 8192
 class HintCounters:
     sent: int = 0
     useful: int = 0  # a later miss of a hinted expert found it READY
+
+
+class Prefetching(Protocol):
+    """What is told of fetching before the need, whoever does it."""
+
+    @property
+    def counters(self) -> HintCounters:
+        """Since the start."""
+
+    def describe(self) -> str:
+        """What is in force, and why."""
 
 
 class Hints:

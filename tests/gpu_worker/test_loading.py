@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint import open_checkpoint
+from common.checkpoint import PackedCheckpoint, open_checkpoint
 from common.checkpoint.packed_writer import pack
 from common.checkpoint.plan import make_plan
+from common.errors import ConfigError
 from common.hlwq.matrix import PackedMatrix
-from gpu_worker.model.weights import MoEWeights
+from gpu_worker.account import Sizes
+from gpu_worker.loading import _dense
+from gpu_worker.model.weights import MoEWeights, build_weights
 from tests.helpers.engines import FixedLink, full_arena, load, prompt_logits
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.models import make_hf_model
 from tests.helpers.nemotron import relative_error
 
@@ -76,6 +80,32 @@ def test_sixteen_bits_unpack(packed: FixedLink) -> None:
     assert [matrix.bits for matrix in projections(engine)] == [16, 16, 16]
     for a, b in zip(projections(kept), projections(engine), strict=True):
         assert torch.equal(a.decode(torch.bfloat16), b.decode(torch.bfloat16))
+
+
+@pytest.mark.parametrize("bits", [None, 5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_account_comes_to_what_is_allocated(plain: FixedLink, bits: int | None, dtype: str) -> None:
+    served = load(plain, dense_bits=bits, dtype=dtype, max_sequences=3, max_context=100)
+    pools = served.engine.pools
+    assert (pools.sequences, pools.max_context) == (3, served.account.context) == (3, 100)
+    planned = {entry.purpose: entry.nbytes for entry in served.account.entries}
+    assert planned["dense weights"] == served.engine.model.weights.nbytes
+    assert planned["recurrent states"] + planned["keys and values"] == pools.nbytes
+
+
+@pytest.mark.parametrize("bits", [None, 5])
+def test_so_does_a_gpus_account(plain: FixedLink, bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = PackedCheckpoint.open(plain.attachment.checkpoint)
+    memory, model, dtype = FakeCuda(8 << 30).replace(monkeypatch), checkpoint.config, torch.bfloat16
+    sizes = Sizes(model, checkpoint.dense_stored, checkpoint.layout.stride, dtype, 1, memory)
+    weights = build_weights(_dense(checkpoint, bits), model, dtype, "meta")
+    assert sum(sizes.dense_tensors(bits)) == weights.nbytes - weights.embeddings.nbytes
+
+
+def test_the_wrong_experts_are_refused_before_anything_is_loaded(plain: FixedLink) -> None:
+    with pytest.raises(ConfigError, match=r"--expert-bits 16: .* experts of 5 bits"):
+        load(plain, expert_bits=16)
+    assert load(plain, expert_bits=5).account.slots is None
 
 
 def test_what_is_stored_is_mapped_not_copied(packed: FixedLink) -> None:

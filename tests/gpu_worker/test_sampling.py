@@ -91,8 +91,10 @@ def test_draws_follow_the_distribution() -> None:
 def test_tokens_of_probability_zero_are_never_picked() -> None:
     probabilities = torch.tensor([0, 0.25, 0, 0.75, 0], dtype=torch.float64)
     uniforms = [0.0, 0.2, 0.25, 0.9, math.nextafter(1.0, 0.0)]
-    assert [pick(probabilities, uniform) for uniform in uniforms] == [1, 1, 3, 3, 3]
-    assert pick(probabilities * 0.9, math.nextafter(1.0, 0.0)) == 3  # as when rounding leaves the sum off 1
+    assert [int(pick(probabilities, uniform)) for uniform in uniforms] == [1, 1, 3, 3, 3]
+    assert (
+        int(pick(probabilities * 0.9, math.nextafter(1.0, 0.0))) == 3
+    )  # as when rounding leaves the sum off 1
 
 
 def test_a_vanishing_top_p_keeps_one_token() -> None:
@@ -167,3 +169,12 @@ def test_absurd_values_are_refused_by_name_and_range(field: str, values: list[An
 def test_the_ends_of_the_ranges_are_allowed() -> None:
     SamplingParams(top_p=1.0, min_p=0.0, seed=0, stop=("a",) * 16, logprobs=20, max_new_tokens=1)
     SamplingParams(top_p=1e-9, min_p=0.999, seed=(1 << 64) - 1, repetition_penalty=100.0, top_k=1 << 31)
+
+
+def test_greedy_takes_what_is_known_already_and_nothing_else_does() -> None:
+    logits, best = random_logits(3), torch.tensor([5.0, -0.25], dtype=torch.float64)
+    assert Sampler(SamplingParams(), [0]).choose(logits, best) == (5, -0.25, ())
+    for params in (SamplingParams(logprobs=1), SamplingParams(repetition_penalty=1.1)):
+        assert Sampler(params, [0]).choose(logits, best) == Sampler(params, [0]).choose(logits)
+    with pytest.raises(FloatingPointError):
+        Sampler(SamplingParams(), [0]).choose(logits, torch.tensor([5.0, math.nan]))

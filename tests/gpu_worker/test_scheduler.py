@@ -1,11 +1,14 @@
 """The scheduler: every submitted job gets exactly one ending, whatever happens to it."""
 
+import logging
 import threading
 
 import pytest
+import torch
 
 from common.errors import Exhausted, Unavailable
 from gpu_worker import scheduler as scheduler_module
+from gpu_worker.device_errors import DeviceFailed
 from gpu_worker.jobs import Job
 from gpu_worker.scheduler import Scheduler
 
@@ -102,6 +105,30 @@ def test_a_broken_invariant_ends_everything_and_everyone_is_told(
     assert isinstance(waiting.endings[0], Unavailable)
     with pytest.raises(Unavailable, match="stopping"):
         submit(scheduler, Steps())
+
+
+@pytest.mark.parametrize(
+    ("error", "names"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "budget of 7.6 GB"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), "unspecified launch failure"),
+    ],
+)
+def test_a_failed_device_ends_everything_in_one_line(
+    fatal: list[BaseException], error: Exception, names: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = Scheduler(Places(), fatal.append, budget=7_600_000_000)  # type: ignore[arg-type]
+    scheduler.start()
+    with caplog.at_level(logging.INFO):
+        first, waiting = submit(scheduler, Steps(error=error), run=False), submit(scheduler, Steps())
+        first.gate.set()
+        assert waiting.ended.wait(30)
+        assert scheduler.stop(30)
+    (failure,) = fatal
+    assert isinstance(failure, DeviceFailed) and names in str(failure)
+    assert first.endings == [failure]
+    assert isinstance(waiting.endings[0], Unavailable)
+    assert [(record.getMessage(), record.exc_info) for record in caplog.records] == [(str(failure), None)]
 
 
 def test_stopping_ends_what_runs_and_what_waits(scheduler: Scheduler) -> None:

@@ -20,6 +20,9 @@ class PlainExperts:
         self.ups, self.downs, self.wants_hints = ups, downs, wants_hints
         self.calls: list[tuple[str, int, Tensor]] = []
 
+    def expect(self, layer: int, choices: Tensor) -> None:
+        """Everything is here."""
+
     def compute(self, layer: int, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         self.calls.append(("compute", layer, choices))
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

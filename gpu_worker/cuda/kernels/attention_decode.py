@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.model.attention import attend_batch
 
 _SPLITS = 64  # shares of a past: with two kv heads and 4,096 tokens, 128 programs of one block each
@@ -48,6 +49,7 @@ def attention_decode(
         "GROUP": heads // kv_heads, "DIM": d, "WIDTH": max(16, triton.next_power_of_2(d)),
         "SPLITS": _SPLITS, "BLOCK": _BLOCK_BYTES // q.element_size(),
         "SCALE": math.log2(math.e) * d**-0.5,  # exponentials are powers of 2 here, as in the hardware
+        **overlapping(),
     }  # fmt: skip
     _share_kernel[(b, kv_heads, _SPLITS)](
         q, k, v, keys, values, places, positions, partial, log_sums,
@@ -80,7 +82,9 @@ def _share_kernel(
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     SCALE: tl.constexpr, MAX_CONTEXT: tl.constexpr, MEMBERS: tl.constexpr, INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place, position = tl.load(places + row), tl.load(positions + row).to(tl.int32)
     d = tl.arange(0, WIDTH)
@@ -125,8 +129,9 @@ def _combine_kernel(
     q, k, v, positions, partial, log_sums, y,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
+    SCALE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     row, head = tl.program_id(0), tl.program_id(1)
     kv_head = head // GROUP
     d, split = tl.arange(0, WIDTH), tl.arange(0, SPLITS)

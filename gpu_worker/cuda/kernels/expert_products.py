@@ -15,22 +15,27 @@ from torch import Tensor
 
 from common.hlwq.planes import BLOCK, RAW_BITS, padded
 from common.record import MatrixLayout
+from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.cuda.kernels.packed_product import product_plain
-from gpu_worker.cuda.kernels.packed_words import INTERPRETED, LookUp, blocks_at_once, tile_products
+from gpu_worker.cuda.kernels.packed_words import INTERPRETED
+from gpu_worker.cuda.kernels.row_products import RowShape, row_products
 
-_TILE = {"OUTS": 64 if INTERPRETED else 2, "num_warps": 1}  # see `packed_product`
 _RAW_TILE = {"OUTS": 64 if INTERPRETED else 4, "WIDTH": 512, "num_warps": 4}
 
 
-def expert_products_plain(x: Tensor, layout: MatrixLayout, pool: Tensor, slot_ids: Tensor, k: int) -> Tensor:
-    """One projection of each pair's expert: x (pairs / k, ...) to (pairs, out) float32.
+def expert_products_plain(
+    x: Tensor, layout: MatrixLayout, pool: Tensor, slot_ids: Tensor, k: int, out: Tensor | None = None
+) -> Tensor:
+    """One projection of each pair's expert: x (pairs / k, ...) to (pairs, out) float32, into `out` if given.
 
-    pool (slots, stride) uint8 of one layer; slot_ids (pairs,) int32; pair p reads row p // k of x, rotated:
-    (rows, blocks, 128) float32. For a matrix of raw weights x is (rows, in) of any float type.
+    pool (slots, stride) uint8 of one layer; slot_ids (pairs,) int32, negative for pairs that are left as they
+    are; pair p reads row p // k of x, rotated: (rows, blocks, 128) float32. For a matrix of raw weights x is
+    (rows, in) of any float type.
     """
-    pairs = slot_ids.shape[0]
-    y = torch.empty(pairs, layout.out_features, device=x.device)
+    y = out if out is not None else torch.empty(slot_ids.shape[0], layout.out_features, device=x.device)
     for pair, slot in enumerate(slot_ids.tolist()):
+        if slot < 0:
+            continue
         matrix, row = layout.view(pool[slot]), x[pair // k][None]
         if layout.bits == RAW_BITS:
             y[pair] = (row.float() @ matrix.planes[0].view(torch.bfloat16).float().T)[0]
@@ -58,27 +63,31 @@ class ExpertProducts:
     def __init__(self, layout: MatrixLayout) -> None:
         self.layout = layout
         self._raw = layout.bits == RAW_BITS
-        self._grid = triton.cdiv(layout.out_features, (_RAW_TILE if self._raw else _TILE)["OUTS"])
         if not self._raw:
             assert layout.norms is not None and layout.codebook is not None
-            look_up, blocks = LookUp(layout.bits), padded(layout.in_features) // BLOCK
-            self._constants = {
+            self._shape = RowShape(layout.bits, padded(layout.in_features) // BLOCK)
+            self._offsets = {
                 "LOW": layout.planes[0].offset, "HIGH": layout.planes[-1].offset,
                 "NORMS": layout.norms.offset, "CODEBOOK": layout.codebook.offset,
-                "BITS": layout.bits, "BLOCKS": blocks, "AT_ONCE": blocks_at_once(blocks),
-                "ASSEMBLY": look_up.products, **_TILE,
             }  # fmt: skip
 
-    def __call__(self, x: Tensor, pool: Tensor, slot_ids: Tensor, k: int) -> Tensor:
-        """As `expert_products_plain`, for contiguous x."""
+    def __call__(
+        self, x: Tensor, pool: Tensor, slot_ids: Tensor, k: int, out: Tensor | None = None
+    ) -> Tensor:
+        """As `expert_products_plain`, for contiguous x; slot ids of any integer type."""
         layout, pairs = self.layout, slot_ids.shape[0]
-        y = torch.empty(pairs, layout.out_features, dtype=torch.float32, device=x.device)
+        y = out
+        if y is None:
+            y = torch.empty(pairs, layout.out_features, dtype=torch.float32, device=x.device)
         arguments = (pool, slot_ids, x, y, layout.out_features, pool.stride(0), k)
         if self._raw:
+            grid = triton.cdiv(layout.out_features, _RAW_TILE["OUTS"]), pairs
             columns, offset = layout.in_features, layout.planes[0].offset
-            _raw_kernel[(self._grid, pairs)](*arguments, COLUMNS=columns, OFFSET=offset, **_RAW_TILE)
+            _raw_kernel[grid](*arguments, COLUMNS=columns, OFFSET=offset, **_RAW_TILE, **overlapping())
         else:
-            _packed_kernel[(self._grid, pairs)](*arguments, **self._constants)
+            rows = self._shape.rows(layout.out_features, pairs)
+            grid = triton.cdiv(layout.out_features, rows), pairs
+            _packed_kernel[grid](*arguments, rows, **self._offsets, **self._shape.constants, **overlapping())
         return y
 
 
@@ -87,65 +96,73 @@ def combine(products: Tensor, weights: Tensor, shared: Tensor, residual: Tensor)
     rows, hidden = residual.shape
     k, block = weights.shape[1], 256
     grid = (triton.cdiv(hidden, block), rows)
-    _combine_kernel[grid](products, weights, shared, residual, hidden, K=k, BLOCK=block, num_warps=2)
+    _combine_kernel[grid](
+        products, weights, shared, residual, hidden, K=k, BLOCK=block, num_warps=2, **overlapping()
+    )
     return residual
 
 
 @triton.jit
-def _record_of(pool, slot_ids, pair, stride):
+def _record_of(pool, slot, stride):
     # Records begin at multiples of 4096 bytes.
-    record = pool + tl.load(slot_ids + pair).to(tl.int64) * stride
-    return tl.multiple_of(record, 128)
+    return tl.multiple_of(pool + slot.to(tl.int64) * stride, 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _packed_kernel(
-    pool, slot_ids, x, y, outs, stride, k,
+    pool, slot_ids, x, y, outs, stride, k, rows,
     LOW: tl.constexpr, HIGH: tl.constexpr, NORMS: tl.constexpr, CODEBOOK: tl.constexpr, BITS: tl.constexpr,
-    BLOCKS: tl.constexpr, OUTS: tl.constexpr, AT_ONCE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     pair = tl.program_id(1)
-    record = _record_of(pool, slot_ids, pair, stride)
-    low = tl.multiple_of((record + LOW).to(tl.pointer_type(tl.int32)), 16)
-    high = tl.multiple_of((record + HIGH).to(tl.pointer_type(tl.int32)), 16)
-    norms = (record + NORMS).to(tl.pointer_type(tl.float16))
-    codebook = (record + CODEBOOK).to(tl.pointer_type(tl.float32))
-    out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
-    row, word = tl.minimum(out, outs - 1)[:, None], tl.arange(0, AT_ONCE * 16)[None, :]
-    x_row = x + (pair // k).to(tl.int64) * (BLOCKS * 128)
-    total = tl.zeros([OUTS, AT_ONCE * 16], tl.float32)
-    for block in tl.static_range(0, BLOCKS, AT_ONCE):
-        total += tile_products(
-            low, high, norms, codebook, x_row, row, block, word,
-            BITS, BLOCKS, ASSEMBLY, block + AT_ONCE <= BLOCKS,
+    slot = tl.load(slot_ids + pair)
+    if slot >= 0:
+        record = _record_of(pool, slot, stride)
+        low = tl.multiple_of((record + LOW).to(tl.pointer_type(tl.int32)), 16)
+        high = tl.multiple_of((record + HIGH).to(tl.pointer_type(tl.int32)), 16)
+        norms = (record + NORMS).to(tl.pointer_type(tl.float16))
+        codebook = (record + CODEBOOK).to(tl.pointer_type(tl.float32))
+        x_row, y_row = x + (pair // k).to(tl.int64) * (BLOCKS * 128), y + pair.to(tl.int64) * outs
+        begin = tl.program_id(0) * rows
+        row_products(
+            low, high, norms, codebook, x_row, y_row, y_row, begin, tl.minimum(begin + rows, outs),
+            BITS, BLOCKS, SPAN, CHUNKS, ASSEMBLY, AT_ONCE, False,
         )  # fmt: skip
-    tl.store(y + pair.to(tl.int64) * outs + out, tl.sum(total, 1), mask=out < outs)
 
 
 @triton.jit
 def _raw_kernel(
     pool, slot_ids, x, y, outs, stride, k,
     COLUMNS: tl.constexpr, OFFSET: tl.constexpr, OUTS: tl.constexpr, WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     pair = tl.program_id(1)
-    record = _record_of(pool, slot_ids, pair, stride)
-    weights = tl.multiple_of((record + OFFSET).to(tl.pointer_type(tl.bfloat16)), 16)
-    out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
-    row = tl.minimum(out, outs - 1)[:, None]
-    total = tl.zeros([OUTS, WIDTH], tl.float32)
-    for start in tl.static_range(0, COLUMNS, WIDTH):
-        column = start + tl.arange(0, WIDTH)
-        inside = column < COLUMNS
-        values = tl.load(x + (pair // k).to(tl.int64) * COLUMNS + column, mask=inside, other=0.0).to(
-            tl.float32
-        )
-        tile = tl.load(weights + row * COLUMNS + column[None, :], mask=inside[None, :], other=0.0)
-        total += tile.to(tl.float32) * values[None, :]
-    tl.store(y + pair.to(tl.int64) * outs + out, tl.sum(total, 1), mask=out < outs)
+    slot = tl.load(slot_ids + pair)
+    if slot >= 0:
+        record = _record_of(pool, slot, stride)
+        weights = tl.multiple_of((record + OFFSET).to(tl.pointer_type(tl.bfloat16)), 16)
+        out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+        row = tl.minimum(out, outs - 1)[:, None]
+        total = tl.zeros([OUTS, WIDTH], tl.float32)
+        for start in tl.static_range(0, COLUMNS, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            inside = column < COLUMNS
+            values = tl.load(x + (pair // k).to(tl.int64) * COLUMNS + column, mask=inside, other=0.0).to(
+                tl.float32
+            )
+            tile = tl.load(weights + row * COLUMNS + column[None, :], mask=inside[None, :], other=0.0)
+            total += tile.to(tl.float32) * values[None, :]
+        tl.store(y + pair.to(tl.int64) * outs + out, tl.sum(total, 1), mask=out < outs)
 
 
 @triton.jit
-def _combine_kernel(products, weights, shared, residual, hidden, K: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(
+    products, weights, shared, residual, hidden, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    wait_for_inputs(OVERLAP)
     column, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     inside = column < hidden
     total = tl.zeros([BLOCK], tl.float32)

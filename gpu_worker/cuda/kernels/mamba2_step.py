@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.model_config import ModelConfig
+from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.model.mamba2 import causal_conv, time_step
 from gpu_worker.model.ssd import ssd_step
 from gpu_worker.model.weights import Mamba2Weights
@@ -59,12 +60,14 @@ def mamba2_step(
         projected, conv, places, weights.conv1d_weight, weights.conv1d_bias, convolved,
         STRIDE=projected.stride(0), OFFSET=inner, CONV_DIM=channels, KERNEL=config.conv_kernel,
         CHANNELS=_CHANNELS, TAPS=triton.next_power_of_2(config.conv_kernel), num_warps=2,
+        **overlapping(),
     )  # fmt: skip
     part = min(_PART, triton.next_power_of_2(head_dim))
     _state_kernel[(b, heads, triton.cdiv(head_dim, part))](
         projected, convolved, ssm, places, weights.dt_bias, weights.A, weights.D, y,
         STRIDE=projected.stride(0), TIME_STEP_MIN=config.time_step_min, HEADS=heads, HEAD_DIM=head_dim,
         GROUPS=config.n_groups, STATE=state, PART=part, STATE_WIDTH=triton.next_power_of_2(state),
+        **overlapping(),
     )  # fmt: skip
     return y
 
@@ -73,8 +76,9 @@ def mamba2_step(
 def _conv_kernel(
     projected, conv, places, weight, bias, convolved,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, CONV_DIM: tl.constexpr, KERNEL: tl.constexpr,
-    CHANNELS: tl.constexpr, TAPS: tl.constexpr,
+    CHANNELS: tl.constexpr, TAPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < CONV_DIM
@@ -112,7 +116,9 @@ def _state_kernel(
     projected, convolved, ssm, places, dt_bias, A, D, y,
     STRIDE: tl.constexpr, TIME_STEP_MIN: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     GROUPS: tl.constexpr, STATE: tl.constexpr, PART: tl.constexpr, STATE_WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     row, head = tl.program_id(0), tl.program_id(1)
     p = tl.program_id(2) * PART + tl.arange(0, PART)
     n = tl.arange(0, STATE_WIDTH)

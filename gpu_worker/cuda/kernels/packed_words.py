@@ -20,6 +20,7 @@ import triton.language as tl
 from common.hlwq.planes import PLANE_WIDTHS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as it is when kernels are defined
+BARE_BFLOAT16 = tl.constexpr(INTERPRETED)  # the interpreter keeps it as bits, which it would multiply
 
 # Four look-ups and their products: $0 = $7 + sum of centroid(byte i of $1) * x_i for x_0..x_3 in $3..$6.
 # $2 is the codebook. The compiler moves the load of this lane's centroid out of loops.
@@ -43,11 +44,6 @@ _FOUR_CENTROIDS = """{{
     shr.u32 code, $4, 8; shfl.sync.idx.b32 $1, centroid, code, 0x1f, 0xffffffff;
     shr.u32 code, $4, 16; shfl.sync.idx.b32 $2, centroid, code, 0x1f, 0xffffffff;
     shr.u32 code, $4, 24; shfl.sync.idx.b32 $3, centroid, code, 0x1f, 0xffffffff; }}"""
-
-
-def blocks_at_once(blocks: int) -> int:
-    """How many of a matrix's blocks the tiles of a program span: eight, measured best on an H100."""
-    return min(8, triton.next_power_of_2(blocks))
 
 
 class LookUp:
@@ -81,32 +77,45 @@ def _plane_words(
 
 
 @triton.jit
+def _merged(lower, upper, LOWER: tl.constexpr, UPPER: tl.constexpr, LOOSE: tl.constexpr):
+    """Codes of two planes' fields; LOOSE: in one operation, with rubbish above UPPER."""
+    return (lower & LOWER) | (upper & (~LOWER if LOOSE else UPPER))
+
+
+@triton.jit
 def code_words(
-    low, high, row, block, word, valid, BITS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr
+    low, high, row, block, word, valid, BITS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr,
+    LOOSE: tl.constexpr = False,
 ):  # fmt: skip
     """Codes of four columns a register, as (even, odd): row (outs, 1), word (1, words), valid like both.
 
     `word` counts from the first word of block `block`, 16 a block, and may reach over several blocks. FULL:
-    every word is valid, so that nothing has to be masked.
+    every word is valid, so that nothing has to be masked. LOOSE: codes of up to 5 bits may have anything in
+    the rest of their bytes. Shuffles do not mind: they take 5 bits, and lanes repeat smaller codebooks.
     """
     if BITS == 8:
         even = _plane_words(low, row, block, word, valid, 32, BLOCKS, FULL)
         odd = _plane_words(low + 16, row, block, word, valid, 32, BLOCKS, FULL)
     elif BITS <= 3:
-        fields = _plane_words(low, row, block, word, valid, 8, BLOCKS, FULL) >> (word // 8 % 2 * 2)
-        even, odd = fields & 0x03030303, (fields >> 4) & 0x03030303
+        even = _plane_words(low, row, block, word, valid, 8, BLOCKS, FULL) >> (word // 8 % 2 * 2)
+        odd = even >> 4
     else:
-        nibbles = _plane_words(low, row, block, word, valid, 16, BLOCKS, FULL)
-        even, odd = nibbles & 0x0F0F0F0F, (nibbles >> 4) & 0x0F0F0F0F
+        even = _plane_words(low, row, block, word, valid, 16, BLOCKS, FULL)
+        odd = even >> 4
     if BITS == 3:
         bit = _plane_words(high, row, block, word, valid, 4, BLOCKS, FULL) >> (word // 4 % 4)
-        even, odd = even | ((bit << 2) & 0x04040404), odd | ((bit >> 2) & 0x04040404)
+        even = _merged(even, bit << 2, 0x03030303, 0x04040404, LOOSE)
+        odd = _merged(odd, bit >> 2, 0x03030303, 0x04040404, LOOSE)
     elif BITS == 5:
         bit = _plane_words(high, row, block, word, valid, 4, BLOCKS, FULL) >> (word // 4 % 4)
-        even, odd = even | ((bit << 4) & 0x10101010), odd | (bit & 0x10101010)
+        even = _merged(even, bit << 4, 0x0F0F0F0F, 0x10101010, LOOSE)
+        odd = _merged(odd, bit, 0x0F0F0F0F, 0x10101010, LOOSE)
     elif BITS == 6:
         pair = _plane_words(high, row, block, word, valid, 8, BLOCKS, FULL) >> (word // 8 % 2 * 2)
-        even, odd = even | ((pair << 4) & 0x30303030), odd | (pair & 0x30303030)
+        even = _merged(even, pair << 4, 0x0F0F0F0F, 0x30303030, False)
+        odd = _merged(odd, pair, 0x0F0F0F0F, 0x30303030, False)
+    elif BITS <= 4 and not LOOSE:
+        even, odd = even & ((1 << BITS) - 1) * 0x01010101, odd & ((1 << BITS) - 1) * 0x01010101
     return even, odd
 
 
@@ -126,7 +135,7 @@ def four_centroids(codes, codebook, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _four_products(codes, codebook, x0, x1, x2, x3, total, ASSEMBLY: tl.constexpr):
+def four_products(codes, codebook, x0, x1, x2, x3, total, ASSEMBLY: tl.constexpr):
     """total + the centroids of the bytes of `codes` times x0..x3. In one piece of assembly, so that centroids
     need no registers beyond their product."""
     if ASSEMBLY != "":
@@ -159,29 +168,41 @@ def block_norms(norms, row, block, word, valid, BLOCKS: tl.constexpr, FULL: tl.c
 
 
 @triton.jit
-def tile_products(
-    low, high, norms, codebook, x, row, block, word, BITS: tl.constexpr, BLOCKS: tl.constexpr,
-    ASSEMBLY: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Sums over the eight codes of each word, scaled by their block's norm: float32 (outs, words).
+def tile_row(OUTS: tl.constexpr):
+    """Which of a tile's OUTS outputs each row that `tile_centroids` loads is: see there."""
+    row = tl.arange(0, OUTS)
+    return row % 8 + row // (OUTS // 2) * 8 + row // 8 % (OUTS // 16) * 16
 
-    low, high: planes as int32 pointers (high is unused where bits have one plane); norms float16; x float32
-    pointer to one row of rotated activations; row (outs, 1), word (1, words) from block `block` on. Words
-    beyond the last block count 0; FULL says that there are none.
+
+@triton.jit
+def tile_centroids(
+    low, high, codebook, row, block, BITS: tl.constexpr, BLOCKS: tl.constexpr, OUTS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One block of OUTS outputs for tensor cores: float32 (OUTS, 128), columns in the tiles' order.
+
+    row (OUTS, 1): the rows to load, in the order of `tile_row`. In a warp's product of 16 outputs by 16
+    columns, lane 4 g + t holds outputs g and g + 8, columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. A load of 16
+    bytes gives it words 4 t to 4 t + 3 of one row, and a second load those of another. So the words are said
+    to be those columns and the rows to be those outputs, and nothing has to move between lanes. That takes
+    OUTS / 16 warps; others give the same numbers.
     """
-    spread = word + row * 0  # every row of the tile reads the same activations: the compiler merges them
-    valid = block + spread // 16 < BLOCKS
-    even, odd = code_words(low, high, row, block, spread, valid, BITS, BLOCKS, FULL)
-    sums = _four_products(
-        even, codebook,
-        activations(x, block, spread, valid, 0, FULL), activations(x, block, spread, valid, 2, FULL),
-        activations(x, block, spread, valid, 4, FULL), activations(x, block, spread, valid, 6, FULL),
-        tl.zeros_like(even).to(tl.float32), ASSEMBLY,
+    word = tl.arange(0, 16)[None, :]
+    even, odd = code_words(
+        low, high, row, block, word, word < 16, BITS, BLOCKS, True, ASSEMBLY != ""
     )  # fmt: skip
-    sums = _four_products(
-        odd, codebook,
-        activations(x, block, spread, valid, 1, FULL), activations(x, block, spread, valid, 3, FULL),
-        activations(x, block, spread, valid, 5, FULL), activations(x, block, spread, valid, 7, FULL),
-        sums, ASSEMBLY,
-    )  # fmt: skip
-    return sums * block_norms(norms, row, block, spread, valid, BLOCKS, FULL)
+    a, c, e, g = four_centroids(even, codebook, ASSEMBLY)
+    b, d, f, h = four_centroids(odd, codebook, ASSEMBLY)
+    fields = tl.join(
+        tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
+    )  # (rows, words, 2, 2, 2), the last three being the bits of a field's number
+    bits = tl.reshape(fields, [2, OUTS // 16, 8, 4, 2, 2, 2, 2, 2])
+    return tl.reshape(tl.permute(bits, (1, 0, 2, 6, 7, 8, 4, 3, 5)), [OUTS, 128])
+
+
+@triton.jit
+def tile_dot(a, b, total):
+    """total + a b, for operands of one type: exact products, sums in float32."""
+    if BARE_BFLOAT16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")

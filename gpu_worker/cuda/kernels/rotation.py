@@ -3,8 +3,8 @@
 A packed matrix is never rotated back: y = sum over blocks of norm * codebook[code] . (H x) / sqrt(128)
 (common/hlwq/matrix.py). Rotating is fused with what makes the activations: a norm, an activation function.
 Both factors 1 / sqrt(128), that of H and this one, are in what is stored. Codes are read by words of eight
-(`packed_words`), so the columns of a block stand in the order in which the eight codes of its words are met.
-Not done here: products.
+(`packed_words`), so the columns of a block stand in the order in which the eight codes of its words are met;
+tensor cores want another order, and the compute dtype. Not done here: products.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.hlwq.hadamard import hadamard_transform
+from common.hlwq.hadamard import hadamard_matrix, hadamard_transform
 from common.hlwq.planes import BLOCK, padded
+from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
+from gpu_worker.cuda.kernels.packed_words import tile_dot
 from gpu_worker.model.norms import gated_group_norm
 from gpu_worker.model.norms import rms_norm as plain_rms_norm
 
@@ -37,6 +39,18 @@ def product_order(device: torch.device) -> Tensor:
     return 64 * (field % 2) + 4 * word + field // 2
 
 
+@cache
+def tile_order(device: torch.device) -> Tensor:
+    """The columns of a block as `packed_words.tile_centroids` has them: (128,) int64.
+
+    The products' order, but for the sixteen words of each field, of which word 4 t + 2 u + v is at place
+    8 u + 2 t + v.
+    """
+    place = torch.arange(BLOCK, device=device)
+    word = place // 2 % 4 * 4 + place // 8 % 2 * 2 + place % 2
+    return product_order(device)[place // 16 * 16 + word]
+
+
 def rotate_plain(x: Tensor) -> Tensor:
     """x (rows, columns) to (rows, blocks, 128) float32, rotated, scaled and in the products' order."""
     aligned = F.pad(x.float(), (0, padded(x.shape[1]) - x.shape[1]))
@@ -48,6 +62,14 @@ def rms_norm_rotate_plain(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Te
     """The norm of x (rows, columns), in x.dtype, and that rotated."""
     normed = plain_rms_norm(x, weight, epsilon)
     return normed, rotate_plain(normed)
+
+
+def tile_rotate_plain(x: Tensor, dtype: torch.dtype, squared_relu: bool = False) -> Tensor:
+    """x, or relu(x) squared, to (rows, blocks, 128) in `dtype`, rotated, scaled and in the tiles' order."""
+    values = torch.relu(x.float()).square() if squared_relu else x.float()
+    aligned = F.pad(values, (0, padded(x.shape[1]) - x.shape[1]))
+    blocks = hadamard_transform(aligned).view(x.shape[0], -1, BLOCK) * BLOCK**-0.5
+    return blocks[:, :, tile_order(x.device)].to(dtype)
 
 
 def relu2_rotate_plain(x: Tensor) -> Tensor:
@@ -73,12 +95,34 @@ def relu2_rotate(x: Tensor) -> Tensor:
     return _rotated(x, squared_relu=True)
 
 
+def tile_rotate(x: Tensor, dtype: torch.dtype, squared_relu: bool = False) -> Tensor:
+    """As `tile_rotate_plain`, for many rows, in bfloat16 or float32; x may have any stride between rows."""
+    (rows, columns), blocks = x.shape, padded(x.shape[1]) // BLOCK
+    y = torch.empty(rows, blocks, BLOCK, dtype=dtype, device=x.device)
+    # Without tensor cores each product of a tile is an instruction of its own.
+    size = 64 if dtype is torch.bfloat16 else 16
+    # Operands that bfloat16 does not hold are split in two, which leaves an error of 2^-17.
+    split = x.dtype is torch.float32 and dtype is torch.bfloat16
+    _tile_rotate_kernel[(blocks, triton.cdiv(rows, size))](
+        x, _tile_signs(dtype, x.device), y, rows, columns, x.stride(0), blocks * BLOCK,
+        SQUARED_RELU=squared_relu, SPLIT=split, ROWS=size,
+    )  # fmt: skip
+    return y
+
+
+@cache
+def _tile_signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """H, not normalised, its columns in the tiles' order: (128, 128)."""
+    return hadamard_matrix().sign().to(device, dtype)[:, tile_order(device)].contiguous()
+
+
 def rms_norm_rotate(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """As `rms_norm_rotate_plain`, for contiguous x."""
     rows, columns = x.shape
     normed, y = torch.empty_like(x), _rotated_like(x)
     width = triton.next_power_of_2(columns)
-    _norm_kernel[(rows, y.shape[1])](x, weight, normed, y, columns, epsilon, y.stride(0), WIDTH=width)
+    grid, arguments = (rows, y.shape[1]), (x, weight, normed, y, columns, epsilon, y.stride(0))
+    _norm_kernel[grid](*arguments, WIDTH=width, **overlapping())
     return normed, y
 
 
@@ -95,15 +139,26 @@ def gated_norm_rotate(
     rows, columns = x.shape
     normed, y = torch.empty_like(x), _rotated_like(x)
     _gated_norm_kernel[(rows, y.shape[1])](
-        x, gate, weight, normed, y, columns, gate.stride(0), epsilon, y.stride(0), GROUP=columns // groups
+        x,
+        gate,
+        weight,
+        normed,
+        y,
+        columns,
+        gate.stride(0),
+        epsilon,
+        y.stride(0),
+        GROUP=columns // groups,
+        **overlapping(),
     )
     return normed, y
 
 
 def _rotated(x: Tensor, squared_relu: bool) -> Tensor:
     (rows, columns), y = x.shape, _rotated_like(x)
-    grid = (rows, y.shape[1])
-    _rotate_kernel[grid](x, y, columns, x.stride(0), y.stride(0), SQUARED_RELU=squared_relu, num_warps=1)
+    _rotate_kernel[(rows, y.shape[1])](
+        x, y, columns, x.stride(0), y.stride(0), SQUARED_RELU=squared_relu, num_warps=1, **overlapping()
+    )
     return y
 
 
@@ -139,7 +194,8 @@ def _store_rotated(block, y):
 
 
 @triton.jit
-def _rotate_kernel(x, y, columns, x_stride, y_stride, SQUARED_RELU: tl.constexpr):
+def _rotate_kernel(x, y, columns, x_stride, y_stride, SQUARED_RELU: tl.constexpr, OVERLAP: tl.constexpr):
+    wait_for_inputs(OVERLAP)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = block * 128 + _block_columns()
     values = tl.load(x + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -150,7 +206,30 @@ def _rotate_kernel(x, y, columns, x_stride, y_stride, SQUARED_RELU: tl.constexpr
 
 
 @triton.jit
-def _norm_kernel(x, weight, normed, y, columns, epsilon, y_stride, WIDTH: tl.constexpr):
+def _tile_rotate_kernel(
+    x, signs, y, rows, columns, x_stride, y_stride, SQUARED_RELU: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    block, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    place, inside, row = tl.arange(0, 128), row < rows, row.to(tl.int64)
+    column = block * 128 + place[None, :]
+    values = tl.load(x + row * x_stride + column, mask=inside & (column < columns), other=0.0)
+    if SQUARED_RELU:
+        values = tl.maximum(values, 0.0)
+        values = values * values
+    h = tl.load(signs + place[:, None] * 128 + place[None, :])
+    high = values.to(h.dtype)
+    rotated = tile_dot(high, h, tl.zeros([ROWS, 128], tl.float32))
+    if SPLIT:
+        rotated = tile_dot((values - high.to(tl.float32)).to(h.dtype), h, rotated)
+    tl.store(y + row * y_stride + column, (rotated * (1 / 128)).to(h.dtype), mask=inside)
+
+
+@triton.jit
+def _norm_kernel(
+    x, weight, normed, y, columns, epsilon, y_stride, WIDTH: tl.constexpr, OVERLAP: tl.constexpr
+):
+    wait_for_inputs(OVERLAP)
     # Every program of a row computes the row's mean square again: one launch less, and a row is small.
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     whole = tl.arange(0, WIDTH)
@@ -173,8 +252,19 @@ def _gated(x, gate):
 
 @triton.jit
 def _gated_norm_kernel(
-    x, gate, weight, normed, y, columns, gate_stride, epsilon, y_stride, GROUP: tl.constexpr
+    x,
+    gate,
+    weight,
+    normed,
+    y,
+    columns,
+    gate_stride,
+    epsilon,
+    y_stride,
+    GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_inputs(OVERLAP)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x_row, gate_row = x + row * columns, gate + row * gate_stride
     column = block * 128 + _block_columns()

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.model_config import ModelConfig
+from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.model.moe import route
 
 _ROWS = 4  # a program, whatever the batch: the order of a row's sums must not depend on who is beside it
@@ -61,12 +62,13 @@ def router(
     _logits_kernel[(experts, triton.cdiv(rows, _ROWS))](
         x, weight, logits, rows,
         STRIDE=x.stride(0), HIDDEN=hidden, EXPERTS=experts, ROWS=_ROWS,
-        COLUMNS=min(_COLUMNS, triton.next_power_of_2(hidden)),
+        COLUMNS=min(_COLUMNS, triton.next_power_of_2(hidden)), **overlapping(),
     )  # fmt: skip
     _choice_kernel[(rows,)](
         logits, e_score_correction_bias, choices, weights,
         EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), OTHERS=_OTHERS, TOP_K=choices.shape[1],
         NORMALISED=config.norm_topk_prob, SCALING=config.routed_scaling_factor,
+        **overlapping(),
     )  # fmt: skip
 
 
@@ -75,8 +77,9 @@ def router(
 def _logits_kernel(
     x, weight, logits, rows,
     STRIDE: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     expert = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     products = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -103,8 +106,9 @@ def _scored(logits, bias, expert, EXPERTS: tl.constexpr):
 def _choice_kernel(
     logits, bias, choices, weights,
     EXPERTS: tl.constexpr, WIDTH: tl.constexpr, OTHERS: tl.constexpr, TOP_K: tl.constexpr,
-    NORMALISED: tl.constexpr, SCALING: tl.constexpr,
+    NORMALISED: tl.constexpr, SCALING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0)
     expert = tl.arange(0, WIDTH)
     score, for_choice = _scored(logits + row * EXPERTS, bias, expert, EXPERTS)

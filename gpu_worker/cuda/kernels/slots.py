@@ -3,8 +3,8 @@
 `resolve` takes the decisions of `gpu_worker.slots.cache` for a step whose experts all fit, and leaves a list
 of misses that `fetch` works off. A policy orders all slots that may go before the step changes any of them,
 so every miss knows its slot by its rank alone, and nothing is done one after the other. The tensors belong
-to `gpu_worker.cuda.device_slots`. Not done here: steps that need more experts than there are slots, experts
-without a frame.
+to `gpu_worker.cuda.device_slots`. Not done here: predicting what to copy ahead (`prefetch`), steps that need
+more experts than there are slots, experts without a frame.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.slots.policies import POLICIES, Usage
 
 ABSENT = -1
@@ -42,11 +43,22 @@ class Misses(NamedTuple):
     slots: Tensor  # (max_pairs,), where it goes
 
 
+class Awaited(NamedTuple):
+    """At most one expert a layer that is being copied ahead of its choice, by `prefetch`; int32."""
+
+    expert: Tensor  # (layers,), -1 when none is awaited
+    slot: Tensor  # (layers,), where its record goes; free in the directory until the expert is chosen
+    frame: Tensor  # (layers,), where it comes from; -1: nothing to copy
+    stop: Tensor  # (layers,), 1 once it was not chosen: copying on is in vain
+    counters: Tensor  # (layers, 3) int64: experts awaited, chosen; bytes copied
+
+
 def resolve_plain(
     choices: Tensor,
     layer: int,
     policy: str,
     directory: Directory,
+    awaited: Awaited,
     frame_of: Tensor,
     slot_ids: Tensor,
     misses: Misses,
@@ -54,18 +66,21 @@ def resolve_plain(
     """Find or make room for every expert of choices (rows, k) int64, contiguous, 128 pairs at most.
 
     Writes slot_ids[row * k + rank], the layer's row of `directory`, and `misses` in ascending order of
-    experts, with frames from frame_of (layers, experts) int32. The different experts must fit the slots;
-    slot_ids says -1 for one that does not.
+    experts, with frames from frame_of (layers, experts) int32. An awaited expert that is chosen counts as
+    found where it is going, one that is not is given up. The different experts must fit the slots; slot_ids
+    says -1 for one that does not.
     """
     needed = sorted(set(choices.flatten().tolist()))
     slot_of, expert_of = directory.slot_of[layer], directory.expert_of[layer]
+    _settle_awaited(layer, directory, awaited, needed)
     absent = [expert for expert in needed if slot_of[expert] == ABSENT]
     places = [int(slot_of[expert]) for expert in needed if slot_of[expert] != ABSENT]
     directory.clock[layer] += 1
     directory.counters[layer] += torch.tensor([len(places), len(absent)]).to(directory.counters)
     directory.last_used[layer, places] = directory.clock[layer]
     directory.uses[layer, places] += 1
-    filled = _slots_to_fill(layer, policy, directory, set(places), len(absent))
+    clock = int(directory.clock[layer])
+    filled = slots_to_fill(layer, policy, directory, clock, set(places), len(absent))
     for expert, slot in zip(absent, filled, strict=False):
         if expert_of[slot] != ABSENT:
             slot_of[expert_of[slot]] = ABSENT
@@ -83,6 +98,7 @@ def resolve(
     layer: int,
     policy: str,
     directory: Directory,
+    awaited: Awaited,
     frame_of: Tensor,
     slot_ids: Tensor,
     misses: Misses,
@@ -94,6 +110,10 @@ def resolve(
         choices,
         layer,
         *directory,
+        awaited.expert,
+        awaited.slot,
+        awaited.stop,
+        awaited.counters,
         frame_of,
         slot_ids,
         *misses,
@@ -103,6 +123,7 @@ def resolve(
         PADDED_SLOTS=padded_slots,
         PADDED_PAIRS=padded_pairs,
         FREQUENCY=policy == "lfru",
+        **overlapping(),
         # Slots are compared each with each, and so are pairs: one warp while 32 comparisons a thread will do.
         num_warps=min(8, max(1, max(padded_slots, padded_pairs) ** 2 // 1024)),
     )
@@ -115,10 +136,16 @@ def fetch_plain(layer: int, misses: Misses, arena_base: Tensor, pool: Tensor, bl
     (The twin reads by the same address on the host, which is what unified addressing makes of it.) `blocks`
     is the number of programs, however many misses there are.
     """
-    length, stride = int(misses.length), pool.shape[2]
+    length = int(misses.length)
     for frame, slot in zip(misses.frames[:length].tolist(), misses.slots[:length].tolist(), strict=True):
-        record = (ctypes.c_uint8 * stride).from_address(int(arena_base) + frame * stride)
-        pool[layer, slot].copy_(torch.frombuffer(record, dtype=torch.uint8))
+        copy_record(arena_base, frame, pool[layer, slot])
+
+
+def copy_record(arena_base: Tensor, frame: int, slot: Tensor) -> None:
+    """Plain: the record of `frame`, a stride after another from the host's address arena_base on, to slot."""
+    stride = slot.shape[0]
+    record = (ctypes.c_uint8 * stride).from_address(int(arena_base) + frame * stride)
+    slot.copy_(torch.frombuffer(record, dtype=torch.uint8))
 
 
 def fetch(layer: int, misses: Misses, arena_base: Tensor, pool: Tensor, blocks: int = 16) -> None:
@@ -126,15 +153,34 @@ def fetch(layer: int, misses: Misses, arena_base: Tensor, pool: Tensor, blocks: 
     _, slots, stride = pool.shape
     words = pool.view(torch.int32)
     _fetch_kernel[(blocks,)](
-        layer, *misses, arena_base, words, SLOTS=slots, WORDS=stride // 4, PROGRAMS=blocks, num_warps=8
+        layer,
+        *misses,
+        arena_base,
+        words,
+        SLOTS=slots,
+        WORDS=stride // 4,
+        PROGRAMS=blocks,
+        num_warps=8,
+        **overlapping(),
     )
 
 
-def _slots_to_fill(layer: int, policy: str, directory: Directory, in_use: set[int], wanted: int) -> list[int]:
+def _settle_awaited(layer: int, directory: Directory, awaited: Awaited, needed: list[int]) -> None:
+    expert, slot = int(awaited.expert[layer]), int(awaited.slot[layer])
+    if expert in needed:
+        directory.slot_of[layer, expert], directory.expert_of[layer, slot] = slot, expert
+        awaited.counters[layer, 1] += 1
+    elif expert != ABSENT:
+        awaited.stop[layer] = 1
+    awaited.expert[layer] = ABSENT
+
+
+def slots_to_fill(
+    layer: int, policy: str, directory: Directory, clock: int, in_use: set[int], wanted: int
+) -> list[int]:
     """As many slots as are wanted, or as there are: free ones, then victims; none of those in use."""
     expert_of = directory.expert_of[layer].tolist()
     last_used, uses = directory.last_used[layer].tolist(), directory.uses[layer].tolist()
-    clock = int(directory.clock[layer])
     chosen = [slot for slot, expert in enumerate(expert_of) if expert == ABSENT][:wanted]
     usage = {
         slot: Usage(last_used[slot], uses[slot])
@@ -149,7 +195,7 @@ def _slots_to_fill(layer: int, policy: str, directory: Directory, in_use: set[in
 
 
 @triton.jit
-def _worth(last_used, uses, now, free, FREQUENCY: tl.constexpr):
+def worth(last_used, uses, now, free, FREQUENCY: tl.constexpr):
     """What a slot is worth keeping, as a fraction (numerator, denominator > 0) of int64; less goes first.
 
     A policy's own order, below which are the free slots, equal among themselves.
@@ -162,7 +208,7 @@ def _worth(last_used, uses, now, free, FREQUENCY: tl.constexpr):
 
 
 @triton.jit
-def _turns(may_go, numerator, denominator, slot):
+def turns(may_go, numerator, denominator, slot):
     """How many of the slots that may go do so before each: (slots,) int32. Of equals, the lower first."""
     # a / b < c / d as a * d < c * b; int64 holds the products of any two counts of int32.
     theirs = numerator[None, :] * denominator[:, None]
@@ -188,6 +234,10 @@ def _resolve_kernel(
     uses,
     clock,
     counters,
+    awaited_expert,
+    awaited_slot,
+    awaited_stop,
+    awaited_counters,
     frame_of,
     slot_ids,
     miss_length,
@@ -199,7 +249,9 @@ def _resolve_kernel(
     PADDED_SLOTS: tl.constexpr,
     PADDED_PAIRS: tl.constexpr,
     FREQUENCY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_inputs(OVERLAP)
     pair, slot = tl.arange(0, PADDED_PAIRS), tl.arange(0, PADDED_SLOTS)
     chosen, exists = pair < PAIRS, slot < SLOTS
     slot_of += layer * EXPERTS
@@ -207,6 +259,7 @@ def _resolve_kernel(
     last_used += layer * SLOTS
     uses += layer * SLOTS
     counters += layer * 2
+    awaited_counters += layer * 3
 
     expert = tl.load(choices + pair, mask=chosen, other=EXPERTS).to(tl.int32)
     resident = tl.load(expert_of + slot, mask=exists, other=-1)
@@ -214,17 +267,20 @@ def _resolve_kernel(
     frequency = tl.load(uses + slot, mask=exists, other=0)
     now = tl.load(clock + layer) + 1
     hits_before, misses_before = tl.load(counters), tl.load(counters + 1)
+    arrived_before = tl.load(awaited_counters + 1)
     place = tl.load(slot_of + expert, mask=chosen, other=-1)
     frame = tl.load(frame_of + layer * EXPERTS + expert, mask=chosen, other=0)
+    awaited, its_slot = tl.load(awaited_expert + layer), tl.load(awaited_slot + layer)
 
+    place = tl.where(chosen & (expert == awaited), its_slot, place)
+    arrived = tl.max((chosen & (expert == awaited)).to(tl.int32), 0)
     first = _first_of_equals(expert, chosen, pair)
     hit, missing = first & (place >= 0), first & (place < 0)
     # The place in the ascending order of misses; pairs of one expert get the same.
     order = tl.sum((missing[None, :] & (expert[None, :] < expert[:, None])).to(tl.int32), 1)
     in_use = tl.sum((place[:, None] == slot[None, :]).to(tl.int32), 0) > 0
     may_go = exists & ~in_use
-    numerator, denominator = _worth(recency, frequency, now, resident < 0, FREQUENCY)
-    turn = _turns(may_go, numerator, denominator, slot)
+    turn = turns(may_go, *worth(recency, frequency, now, resident < 0, FREQUENCY), slot)
     taken = tl.max(tl.where(may_go[None, :] & (turn[None, :] == order[:, None]), slot[None, :], -1), 1)
     hits, misses = tl.sum(hit.to(tl.int32), 0), tl.sum(missing.to(tl.int32), 0)
     filled = may_go & (turn < misses)
@@ -244,6 +300,11 @@ def _resolve_kernel(
     tl.store(miss_frames + order, frame, mask=settles)
     tl.store(miss_slots + order, taken, mask=settles)
     tl.store(slot_ids + pair, tl.where(place >= 0, place, taken), mask=chosen)
+    tl.store(slot_of + awaited, its_slot, mask=arrived > 0)
+    tl.store(expert_of + its_slot, awaited, mask=arrived > 0)
+    tl.store(awaited_counters + 1, arrived_before + arrived)
+    tl.store(awaited_stop + layer, 1, mask=(awaited >= 0) & (arrived == 0))
+    tl.store(awaited_expert + layer, -1)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -257,7 +318,9 @@ def _fetch_kernel(
     SLOTS: tl.constexpr,
     WORDS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_inputs(OVERLAP)
     mine = tl.program_id(0) * _BLOCK + tl.arange(0, _BLOCK)
     base, length = tl.load(arena_base), tl.load(miss_length)
     miss = 0

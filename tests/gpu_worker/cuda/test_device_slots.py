@@ -7,9 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.cuda.device_slots import DeviceSlots, LayerState
-from gpu_worker.slots.cache import LayerSlots
-from gpu_worker.slots.policies import POLICIES, Policy
+from gpu_worker.cuda.device_slots import DeviceSlots
+from gpu_worker.cuda.kernels.slots import ABSENT
+from gpu_worker.slots.cache import LayerSlots, LayerState
+from gpu_worker.slots.policies import POLICIES, Policy, Usage
 
 EXPERTS, RANKS, STRIDE = 40, 6, 4096
 
@@ -39,15 +40,7 @@ class HostSlots:
         return [[slots.place(expert) for expert in row] for row in choices.tolist()]
 
     def snapshot(self) -> list[LayerState]:
-        return [self._layer(slots) for slots in self.layers]
-
-    @staticmethod
-    def _layer(slots: LayerSlots) -> LayerState:
-        experts = [-1] * slots.slots
-        for expert in range(EXPERTS):
-            if (slot := slots.lookup(expert)) is not None:
-                experts[slot] = expert
-        return LayerState(slots._clock, experts, slots._usage)
+        return [slots.state() for slots in self.layers]
 
 
 def arena_of(layers: int, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,21 +130,49 @@ def test_ties_decide(device: torch.device, policy: str) -> None:
     assert differs > 0
 
 
+def restore(device: DeviceSlots, states: list[LayerState]) -> None:
+    for layer, state in enumerate(states):
+        device.restore(layer, state)
+
+
+def resumed(device: DeviceSlots, policy: Policy) -> HostSlots:
+    host = HostSlots(0, 1, policy)
+    host.layers = [LayerSlots.resumed(state, policy) for state in device.snapshot()]
+    return host
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_going_on_from_the_host(device: torch.device, policy: str) -> None:
-    """A trace that the host began, and that moves to other slots half-way, goes on as if it had not."""
+    """A trace that the host began, and that moves to other slots half-way, goes on as if it had not.
+
+    So does the host from what the device left.
+    """
     host, here = HostSlots(2, 10, POLICIES[policy]), device_slots(2, 10, policy, device)
     for step, (layer, choices) in enumerate(trace(2, 10, seed=2, steps=24)):
         if step == 8:
-            here.restore(host.snapshot())
+            restore(here, host.snapshot())
         if step == 16:
+            host = resumed(here, POLICIES[policy])
             here, before = device_slots(2, 10, policy, device), here
-            here.restore(before.snapshot())
+            restore(here, before.snapshot())
         places = host.resolve(layer, choices)
         if step >= 8:
             assert here.resolve(layer, choices.to(device)).tolist() == places
             here.check_integrity()
     assert here.snapshot() == host.snapshot()
+
+
+def test_settling_fills_free_slots_and_ages_with_the_last_step(device: torch.device) -> None:
+    here = device_slots(2, 10, "lru", device)
+    here.resolve(1, torch.tensor([[3, 9, 4, 5, 8, 7]], device=device))
+    before = here.snapshot()
+    here.settle(1, {20: 8, 30: 6})
+    here.check_integrity()
+    after = here.snapshot()
+    assert after[0] == before[0]
+    assert after[1].experts == [*before[1].experts[:6], 30, ABSENT, 20, ABSENT]
+    assert (after[1].usage[8], after[1].usage[6]) == (Usage(1, 1), Usage(1, 1))
+    assert here.resolve(1, torch.tensor([[20, 30]], device=device)).tolist() == [[8, 6]]
 
 
 def test_the_arena_of_a_successor(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from common.hlwq import native
+from gpu_worker.model import mamba2
 from gpu_worker.model.mamba2 import causal_conv, time_step
 from gpu_worker.model.norms import gated_group_norm, rms_norm
 from tests.helpers.nemotron import make_twins
@@ -50,3 +51,15 @@ def test_norms_round_where_transformers_does(dtype: torch.dtype) -> None:
         assert torch.equal(rms_norm(x, reference.norm.weight, 1e-5), reference.norm(x))
         got = gated_group_norm(inner, gate, reference.mixer.norm.weight, 2, 1e-5)
         assert torch.equal(got, reference.mixer.norm(inner, gate))
+
+
+def test_a_long_prompt_scanned_in_parts_is_scanned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts end inside of chunks and of the convolution's reach, too."""
+    twins = make_twins()
+    with native.forced(native.PLAIN):
+        whole = twins.model.prefill(twins.tokens(50), 0, twins.pools())
+        monkeypatch.setattr(mamba2, "SCANNED_TOKENS", 22)
+        pools = twins.pools()
+        parts = twins.model.prefill(twins.tokens(50), 0, pools)
+    torch.testing.assert_close(parts, whole)
+    assert pools.lengths[0] == 50 and pools.ssm[:, 0].any()

@@ -126,7 +126,7 @@ def test_a_failed_fetch_leaves_no_trace(link: FixedLink, monkeypatch: pytest.Mon
         raise Unavailable("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.experts._fetcher, "fetch", fail)
+        patch.setattr(engine.experts, "_fetch", fail)
         with pytest.raises(Unavailable):
             engine.experts.compute(0, x, torch.tensor([[5, 6]]), weights)
     engine.experts.check_integrity()

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.cuda.kernels import slots as kernels
-from gpu_worker.cuda.kernels.slots import ABSENT, Directory, Misses
+from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory, Misses
 from gpu_worker.slots.policies import POLICIES
 
 LAYERS, EXPERTS, MAX_PAIRS = 3, 40, 128
@@ -36,20 +36,36 @@ def misses() -> Misses:
     return Misses(*(torch.zeros(size, dtype=torch.int32) for size in (1, MAX_PAIRS, MAX_PAIRS)))
 
 
+def awaited(state: Directory, expert: int) -> Awaited:
+    """`expert` of layer 1 is on its way to a free slot, if it is absent and there is one."""
+    expert_of = torch.full((LAYERS,), ABSENT, dtype=torch.int32)
+    slot, frame, stop = torch.zeros(3, LAYERS, dtype=torch.int32)
+    free = (state.expert_of[1] == ABSENT).nonzero().flatten().tolist()
+    if free and expert != ABSENT and state.slot_of[1, expert] == ABSENT:
+        expert_of[1], slot[1] = expert, free[-1]
+    return Awaited(expert_of, slot, frame, stop, torch.zeros(LAYERS, 3, dtype=torch.int64))
+
+
 def moved(tensors: tuple[torch.Tensor, ...], device: torch.device) -> list[torch.Tensor]:
     return [tensor.clone().to(device) for tensor in tensors]
 
 
 def resolved(
-    twin: Callable[..., None], state: Directory, choices: torch.Tensor, policy: str, device: torch.device
+    twin: Callable[..., None],
+    state: Directory,
+    choices: torch.Tensor,
+    policy: str,
+    device: torch.device,
+    coming: int = ABSENT,
 ) -> list:
-    """Everything that a twin writes: the directory, slot ids, the list of misses as far as it is valid."""
+    """All that a twin writes: directory, slot ids, misses as far as they are valid, what was awaited."""
     after, listed = Directory(*moved(state, device)), Misses(*moved(misses(), device))
+    ahead = Awaited(*moved(awaited(state, coming), device))
     slot_ids = torch.full((MAX_PAIRS,), 99, dtype=torch.int32, device=device)
     frame_of = torch.arange(LAYERS * EXPERTS, dtype=torch.int32, device=device).view(LAYERS, EXPERTS).flip(0)
-    twin(choices.to(device), 1, policy, after, frame_of.contiguous(), slot_ids, listed)
+    twin(choices.to(device), 1, policy, after, ahead, frame_of.contiguous(), slot_ids, listed)
     length = int(listed.length)
-    written = (*after, slot_ids, listed.length, listed.frames[:length], listed.slots[:length])
+    written = (*after, slot_ids, listed.length, listed.frames[:length], listed.slots[:length], *ahead)
     return [tensor.tolist() for tensor in written]
 
 
@@ -59,17 +75,19 @@ def resolved(
     slots=st.integers(1, 48),
     largest=st.sampled_from([0, 1, 3, 20, 10**6, MUCH]),
     choices=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=MAX_PAIRS),
+    coming=st.integers(0, EXPERTS - 1),
     seed=st.integers(0, 2**32),
 )
 # Products beyond int32, and fractions that floating point would not tell apart.
-@example(policy="lfru", slots=16, largest=MUCH, choices=list(range(16)), seed=0)
+@example(policy="lfru", slots=16, largest=MUCH, choices=list(range(16)), coming=3, seed=0)
 def test_resolving(
-    device: torch.device, policy: str, slots: int, largest: int, choices: list[int], seed: int
+    device: torch.device, policy: str, slots: int, largest: int, choices: list[int], coming: int, seed: int
 ) -> None:
     """Among them steps that do not fit: those too end in one and the same way."""
     state, chosen = directory(slots, largest, seed), torch.tensor(choices)
     found, expected = (
-        resolved(twin, state, chosen, policy, device) for twin in (kernels.resolve, kernels.resolve_plain)
+        resolved(twin, state, chosen, policy, device, coming)
+        for twin in (kernels.resolve, kernels.resolve_plain)
     )
     assert found == expected
 

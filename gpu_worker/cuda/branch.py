@@ -1,0 +1,43 @@
+"""Kernels beside those of the current stream, in a captured step as in an eager one: a fork and a join.
+
+Not done here: what runs there. On the CPU, where tests run, there is one order and nothing to join.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Branch:
+    """One stream beside the current one.
+
+    Between a fork and its join the branch reads what the current stream had written before the fork, and
+    nobody reads what the branch writes. Memory of tensors that either side frees meanwhile is not reused by
+    the other before the join, because a stream's allocations are its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Fork: kernels launched in the block run beside those that follow it."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def after(self, other: Branch) -> None:
+        """What is launched here from now on waits for what the other branch has."""
+        if self._stream is not None and other._stream is not None:
+            self._stream.wait_stream(other._stream)
+
+    def join(self) -> None:
+        """What follows waits for the branch."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)

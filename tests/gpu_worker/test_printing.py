@@ -1,0 +1,38 @@
+"""What counters and accounts look like, as text."""
+
+from __future__ import annotations
+
+import re
+
+from common.rpc import gpu_worker_pb2 as pb
+from gpu_worker.account import Account, Entry
+from gpu_worker.printing import account_table, as_text, stats_table
+
+VRAM = {"vram_budget": 7_600_000_000, "vram_peak": 7_410_000_000, "vram_used": 7_100_000_000}
+
+
+def test_stats_have_the_gpus_memory_beside_its_budget_and_nothing_of_the_kind_on_a_cpu() -> None:
+    stats = pb.WorkerStats(**VRAM, vram_tensors_peak=6_200_000_000)
+    text = as_text(stats_table(stats, pb.ModelInfoReply()))
+    assert "at most 7.41 GB of 7.6 GB (tensors 6.2 GB), now 7.1 GB" in text
+    assert "device memory" not in as_text(stats_table(pb.WorkerStats(), pb.ModelInfoReply()))
+
+
+def test_an_account_is_told_line_by_line_and_aligned() -> None:
+    entries = (
+        Entry("dense weights", 1_210_000_000, "5 bits"),
+        Entry("staging ring", 156_000_000, "24 records"),
+    )
+    account = Account(7_600_000_000, entries, 30, 200_000_000, 128, 4096, "--vram 7.6 GB less the rest")
+    lines = as_text(account_table(account)).splitlines()
+    ends = [size.end() for line in lines if (size := re.search(r"[\d.]+ [GM]B", line))]
+    assert len(ends) == 5 and len(set(ends)) == 1
+    rows = [" ".join(line.split()) for line in lines]
+    for row in (
+        "dense weights 1.21 GB 5 bits",
+        "not used 234 MB",
+        "budget 7.6 GB --vram 7.6 GB less the rest",
+    ):
+        assert row in rows
+    assert any("6 GB 30 of 128 a layer, 200 MB for one in each" in row for row in rows)
+    assert all(line == line.rstrip() and len(line) <= 110 for line in lines)
