@@ -1,170 +1,192 @@
-"""Decode steps on this GPU, at the 30B's shape with random weights: a table, then one JSON line.
+"""Measures the whole system on this GPU: rows as they come, then one JSON line.
 
-    .venv/bin/python scripts/bench_gpu.py [--slots 24 38 128] [--batch 1 8] [--steps 50]
+    .venv/bin/python scripts/bench_gpu.py [--checkpoint DIR] [--groups pairs prefetch ...] [--json FILE]
 
-The kernels alone: no store, no prompts. All layers read one arena of 128 random records, and routers choose
-at random, which is the worst case for a cache. Not done here yet: both processes, popular experts, prompts.
+Both processes are started as a user starts them, over the 30B's shape with random weights. What takes long
+runs only when asked for: group `reference` by --reference or --make-reference, `offload` by its name.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from common.checkpoint.names import dense_shapes, packable_dense
-from common.hlwq.codebook import packing_codebook
-from common.hlwq.matrix import PackedMatrix
-from common.hlwq.planes import BLOCK, PLANE_WIDTHS, padded
-from common.model_config import ModelConfig
-from common.record import ExpertBits, RecordLayouts, record_layouts
-from expert_store.synth.shapes import NEMOTRON_30B, config_json
-from gpu_worker.cuda.decode_model import DecodeModel
-from gpu_worker.cuda.device_slots import DeviceSlots
-from gpu_worker.cuda.step_experts import SlotSteps
-from gpu_worker.model.states import StatePools
-from gpu_worker.model.weights import ModelWeights, build_weights
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+import gpu_batch
+import gpu_checkpoints
+import gpu_link
+import gpu_pairs
+import gpu_transformers
+import machine
+from gpu_checkpoints import SKEW, full_store, given_or_made
+from gpu_driver import device_name
+from gpu_pairs import REFERENCE, UNBOUNDED, Worker, Workload, Yardsticks
+from gpu_report import Report, Row
+from pair import Ended, Store
 
-BITS, CONTEXT = 5, 4096
+from common.errors import ServingError
 
+BUDGETS = (UNBOUNDED, "7.6GB", "12GB", "5GB", "16GB", "24GB")  # the first is what others are compared with
+COMPARED = ("7.6GB", "12GB")  # where prefetch and policies are compared, and several sequences measured
+PROMPTS = (128, 1024, 4096, 16384)
+REFERENCE_PROMPT, REFERENCE_NEW = 128, 64
+PUBLISHED = ("--slots", "8", "--expert-bits", "16", "--eager", "--sync-fetch")  # the published method
+TRANSFORMERS_NEW = 32
+OFFLOADED_NEW = 4  # every token moves the whole model
+PAIRS, BATCH = ("pairs", "prefetch", "policies"), "batch"
+KERNELS, TRANSFORMERS, OFFLOAD = "kernels", "transformers", "offload"
+GROUPS = (*PAIRS, BATCH, KERNELS, TRANSFORMERS)
+_REDUCTION = {"pattern": "ME*E", "experts": 8, "vocab": 8192}  # for trying this script on a CPU
 
-@dataclass(frozen=True)
-class Result:
-    """A row of the table; milliseconds of a step."""
-
-    slots: int
-    batch: int
-    median: float
-    lowest: float
-    highest: float
-    hit_rate: float
-    megabytes: float  # moved over the link, a step
-    peak: float  # GB of device memory
-
-    @property
-    def rate(self) -> float:
-        return self.batch * 1e3 / self.median
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def main() -> None:
+    args = _options()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("PyTorch sees no CUDA device here: nothing is measured")
+    # Whoever stops this stops the processes that it started.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    described = {"machine": machine.describe() | {"device": device_name()}, "arguments": sys.argv[1:]}
+    report = Report(args.json, args.log, described)
+    try:
+        run(args, report)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except ServingError as error:  # such as a checkpoint that is none
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    finally:
+        report.close()
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    """Group by group; what others are compared with comes first."""
+    yardsticks = Yardsticks()
+    if args.device == "cuda":
+        rows = _try("link", "host to device", gpu_link.benchmark(), report)
+        yardsticks.link = max((row.bytes_per_second for row in rows), default=None)
+    if REFERENCE in args.groups:
+        _measure_reference(args, yardsticks, report)
+    if {*PAIRS, BATCH} & {*args.groups}:
+        made = given_or_made(args.checkpoint, report, **gpu_checkpoints.PACKED, skew=args.skew)
+        with made as directory, full_store(directory, report) as store:
+            workload = Workload(args.new, args.runs, max(args.prompts) + args.new, args.device)
+            gpu_pairs.measure(store, workers(args), workload, yardsticks, report)
+            if BATCH in args.groups:
+                _measure_batch(store, args, yardsticks, report)
+    if KERNELS in args.groups and args.device == "cuda":
+        from gpu_kernels import benchmark  # Triton is for those who have a GPU
+
+        _try(KERNELS, "steps", benchmark(args.slots, args.batch, args.steps), report)
+    if TRANSFORMERS in args.groups:
+        _measure_transformers(TRANSFORMERS, TRANSFORMERS_NEW, None, args, report)
+    if OFFLOAD in args.groups:
+        _measure_transformers(OFFLOAD, OFFLOADED_NEW, COMPARED[0], args, report)
+
+
+def workers(args: argparse.Namespace) -> list[Worker]:
+    """Those of the groups asked for, each once."""
+    compared = [budget for budget in args.budgets if budget in COMPARED]
+    compared = compared or [budget for budget in args.budgets if budget != UNBOUNDED][:1]
+    prompts, few = tuple(args.prompts), (args.prompts[0],)
+    wanted = {
+        "pairs": [(budget, args.policy, "auto", prompts) for budget in args.budgets],
+        "prefetch": [(budget, args.policy, mode, few) for budget in compared for mode in ("off", "auto")],
+        "policies": [(budget, policy, "auto", few) for budget in compared[:1] for policy in ("lru", "lfru")],
+    }
+    chosen: dict[tuple[str, str, str], Worker] = {}
+    for group, several in wanted.items():
+        for budget, policy, prefetch, lengths in several if group in args.groups else ():
+            chosen.setdefault((budget, policy, prefetch), Worker(group, budget, policy, prefetch, lengths))
+    return list(chosen.values())
+
+
+def _measure_reference(args: argparse.Namespace, yardsticks: Yardsticks, report: Report) -> None:
+    """Large enough to fail for want of room, which is no reason to measure nothing else."""
+    worker = Worker(REFERENCE, "", "lru", "off", (REFERENCE_PROMPT,), PUBLISHED)
+    workload = Workload(REFERENCE_NEW, args.runs, REFERENCE_PROMPT + REFERENCE_NEW, args.device)
+    made = given_or_made(args.reference, report, **gpu_checkpoints.REFERENCE, skew=args.skew)
+    try:
+        with made as directory, full_store(directory, report) as store:
+            gpu_pairs.measure(store, [worker], workload, yardsticks, report)
+    except (Ended, ServingError, CalledProcessError) as error:
+        report.failed(REFERENCE, "its store", str(error))
+
+
+def _measure_batch(store: Store, args: argparse.Namespace, yardsticks: Yardsticks, report: Report) -> None:
+    budgets = [budget for budget in args.budgets if budget in (UNBOUNDED, COMPARED[0])]
+    for budget in budgets or args.budgets[:1]:
+        asked = args.batch, args.prompts[0], args.new, args.runs
+        options = gpu_batch.Options(str(store.address), args.device, budget, args.policy, *asked)
+        _try(BATCH, budget, gpu_batch.benchmark(options, yardsticks.link), report)
+
+
+def _measure_transformers(
+    group: str, new: int, offload: str | None, args: argparse.Namespace, report: Report
+) -> None:
+    reduction = None if args.device == "cuda" else _REDUCTION
+    options = gpu_transformers.Options(args.device, REFERENCE_PROMPT, new, args.runs, offload, reduction)
+    _try(group, offload or "resident", gpu_transformers.benchmark(group, options), report)
+
+
+def _try(group: str, what: str, rows: Iterator[AnyRow], report: Report) -> list[AnyRow]:
+    """Rows of a process of their own, which may fail without taking the others along."""
+    report.note(f"{group}: {what}")
+    done = []
+    try:
+        for row in rows:
+            report.add(row)
+            done.append(row)
+    except Ended as ended:
+        report.failed(group, what, str(ended))
+    return done
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--slots", type=int, nargs="+", default=[24, 38, 128], help="a layer")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences")
-    parser.add_argument("--steps", type=int, default=50, help="measured, after as many that are not")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no CUDA device here")
-    results = list(measure(args.slots, args.batch, args.steps))
-    table = Table(title=f"decode steps, random weights at {BITS} bits, {torch.cuda.get_device_name()}")
-    for column in ("slots", "sequences", "tokens/s", "ms a step", "spread", "hits", "MB a step", "peak GB"):
-        table.add_column(column, justify="right")
-    for r in results:
-        table.add_row(
-            str(r.slots), str(r.batch), f"{r.rate:.0f}", f"{r.median:.2f}",
-            f"{r.lowest:.2f} to {r.highest:.2f}", f"{r.hit_rate:.1%}", f"{r.megabytes:.0f}", f"{r.peak:.2f}",
-        )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print(json.dumps([asdict(result) for result in results]))
-
-
-@torch.inference_mode()
-def measure(slots: list[int], batches: list[int], steps: int) -> Iterator[Result]:
-    device = torch.device("cuda")
-    config = ModelConfig.from_dict(config_json(NEMOTRON_30B))
-    model = DecodeModel(config, random_weights(config, device))
-    layouts = record_layouts(config, [ExpertBits(BITS, BITS)] * config.num_layers)
-    arena = random_arena(layouts, config.n_routed_experts)
-    pools = StatePools(config, max(batches), CONTEXT, torch.bfloat16, device)
-    for count in slots:
-        for batch in batches:
-            if min(batch * config.num_experts_per_tok, config.n_routed_experts) <= count:
-                torch.cuda.reset_peak_memory_stats()
-                cache = filled_by_device(layouts, arena, count, batch, config.num_experts_per_tok)
-                yield _measure(model, SlotSteps(layouts, cache), cache, pools, batch, steps)
-
-
-def _measure(
-    model: DecodeModel, experts: SlotSteps, cache: DeviceSlots, pools: StatePools, batch: int, steps: int
-) -> Result:
-    device = pools.lengths.device
-    tokens, places = torch.zeros(batch, dtype=torch.int64, device=device), torch.arange(batch, device=device)
-    pools.lengths.zero_()
-    model(tokens, places, pools, experts)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model(tokens, places, pools, experts)
-    warming = 400 if cache.pool.shape[1] == model.config.n_routed_experts else steps
-    _replay(graph, tokens, warming, model.config.vocab_size)
-    before = cache.counters()
-    times = sorted(_replay(graph, tokens, steps, model.config.vocab_size))
-    counted = cache.counters().since(before)
-    moved, peak = counted.bytes_fetched / steps / 1e6, torch.cuda.max_memory_allocated() / 1e9
-    slots = cache.pool.shape[1]
-    return Result(slots, batch, times[steps // 2], times[0], times[-1], counted.hit_rate, moved, peak)
-
-
-def _replay(graph: torch.cuda.CUDAGraph, tokens: Tensor, steps: int, vocabulary: int) -> list[float]:
-    """Milliseconds of each of some steps; a step's tokens are drawn, so that routers choose anew."""
-    times = []
-    for _ in range(steps):
-        tokens.random_(vocabulary)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
-
-
-def filled_by_device(layouts: RecordLayouts, arena: Tensor, slots: int, batch: int, k: int) -> DeviceSlots:
-    """Slots that the device fills from an arena (experts, stride) that all layers share."""
-    layers, experts = len(layouts.layers), arena.shape[0]
-    device = torch.device("cuda")
-    cache = DeviceSlots(layers, experts, slots, layouts.stride, "lru", batch * k, device)
-    cache.attach(arena.data_ptr(), torch.arange(experts, dtype=torch.int32).expand(layers, -1))
-    return cache
-
-
-def random_weights(config: ModelConfig, device: torch.device) -> ModelWeights:
-    """Dense weights drawn on the device, packed where they can be; activations stay finite."""
-    packable, dense = set(packable_dense(config)), {}
-    for name, shape in dense_shapes(config).items():
-        if name in packable:
-            dense[name] = random_matrix(*shape, device)
-        elif "norm" in name:
-            dense[name] = torch.ones(shape, dtype=torch.bfloat16, device=device)
-        else:
-            dense[name] = (torch.randn(shape, device=device) * 0.02).bfloat16()
-    return build_weights(dense, config, torch.bfloat16, device)
-
-
-def random_matrix(rows: int, columns: int, device: torch.device) -> PackedMatrix:
-    blocks = padded(columns) // BLOCK
-    planes = tuple(
-        torch.randint(256, (rows, blocks * 16 * width), dtype=torch.uint8, device=device)
-        for width in PLANE_WIDTHS[BITS]
+    parser.add_argument(
+        "--groups", nargs="+", choices=(REFERENCE, *GROUPS, OFFLOAD), help=f"default: {' '.join(GROUPS)}"
     )
-    norms = (torch.rand(rows, blocks, device=device) * 0.2 + 0.2).half()
-    return PackedMatrix(BITS, columns, planes, norms, packing_codebook(BITS).to(device))
-
-
-def random_arena(layouts: RecordLayouts, experts: int) -> Tensor:
-    """Records of random codes in page-locked memory: (experts, stride) uint8."""
-    arena = torch.randint(256, (experts, layouts.stride), dtype=torch.uint8).pin_memory()
-    for record in arena:
-        for matrix in (layout.view(record) for layout in layouts[0].matrices):
-            assert matrix.norms is not None and matrix.codebook is not None
-            matrix.norms.copy_(torch.rand(matrix.norms.shape) * 0.2 + 0.2)
-            matrix.codebook.copy_(packing_codebook(BITS))
-    return arena
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append rows to this file, a line each")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="append what workers say to this file")
+    made = parser.add_argument_group("checkpoints; what is not given is made, measured and removed")
+    made.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a packed directory (30B at 5 bits: 21 GB)"
+    )
+    made.add_argument(
+        "--skew", type=float, default=SKEW, help=f"of a made one (default: {SKEW}; 0: worst case)"
+    )
+    made.add_argument(
+        "--reference", type=Path, metavar="DIR", help="a 16-bit one (63 GB) for group reference"
+    )
+    made.add_argument("--make-reference", action="store_true", help="make that one")
+    asked = parser.add_argument_group("what is asked of each worker")
+    budgets = f"of VRAM, in this order (default: {' '.join(BUDGETS)})"
+    asked.add_argument("--budgets", nargs="+", default=BUDGETS, metavar="SIZE", help=budgets)
+    asked.add_argument("--prompts", nargs="+", type=int, default=PROMPTS, metavar="TOKENS")
+    asked.add_argument("--new", type=int, default=256, metavar="TOKENS", help="to generate (default: 256)")
+    asked.add_argument("--runs", type=int, default=2, help="with prompts of their own, after one that warms")
+    asked.add_argument("--policy", default="lfru", help="lru or lfru (default: lfru)")
+    steps = parser.add_argument_group("batch and kernels")
+    steps.add_argument("--batch", nargs="+", type=int, default=[1, 4, 8, 16], metavar="SEQUENCES")
+    steps.add_argument("--slots", nargs="+", type=int, default=[24, 38, 128], help="a layer, of kernels")
+    steps.add_argument("--steps", type=int, default=50, help="of kernels, after as many that warm")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    reference = args.make_reference or args.reference is not None
+    args.groups = args.groups or [*([REFERENCE] if reference else []), *GROUPS]
+    if (REFERENCE in args.groups) != reference:
+        parser.error("group reference goes together with --reference DIR or --make-reference")
+    if min(args.prompts) < 1 or args.new < 2 or args.runs < 1 or min(args.batch) < 1:
+        parser.error("at least --prompts 1, --new 2, --runs 1 and --batch 1")
+    return args
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _rates(checkpoint: PackedCheckpoint, ours: Times, theirs: Times) -> Iterator
 
 def _resident(checkpoint: PackedCheckpoint, pair: Pair, theirs: _Transformers) -> Iterator[Figure]:
     """The arena counts once, since both map the same pages; libraries that both map count twice."""
-    store, worker = Resident.of(pair.store_pid), Resident.of(pair.worker_pid)
+    store, worker = Resident.of(pair.store.pid), Resident.of(pair.worker_pid)
     together = (store.own + store.shared + worker.own) / 1e9
     what = marked("store and worker, resident together", checkpoint)
     yield Figure(what, together, "GB", at_most=_GOAL_GIGABYTES)

@@ -6,7 +6,6 @@ it needs a checkpoint that is already there (`scripts/build_synthetic full DST` 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -77,7 +76,7 @@ def benchmark(options: Options) -> Iterator[Figure]:
     with TemporaryDirectory() as directory:
         ram = ["--ram", options.ram]
         with served(checkpoint.directory, Path(directory), ram, bits, _START_SECONDS) as pair:
-            _wait_until_full(pair)
+            pair.store.wait_until_full(_START_SECONDS)
             _generate(pair, checkpoint, options, options.runs)  # what is touched for the first time is slow
             measured = _measure(pair, checkpoint, options)
     memory = _memory(measured, checkpoint, options)
@@ -86,34 +85,25 @@ def benchmark(options: Options) -> Iterator[Figure]:
     yield from roofline(checkpoint, measured.decode_seconds, options.dense_bits)
 
 
-def _wait_until_full(pair: Pair) -> None:
-    """A starting store reads ahead into every frame; measured is what comes after."""
-    deadline = time.monotonic() + _START_SECONDS
-    while (stats := pair.store_stats()).ready_frames < stats.frames:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"the store has {stats.ready_frames} of {stats.frames} frames ready, no more")
-        time.sleep(0.2)
-
-
 def _generate(pair: Pair, checkpoint: PackedCheckpoint, options: Options, seed: int) -> pb.Finish:
     return pair.generate(prompt_of(seed, options.prompt, checkpoint.config.vocab_size), options.new)
 
 
 def _measure(pair: Pair, checkpoint: PackedCheckpoint, options: Options) -> _Measured:
-    worker, store = counters(pair.client.stats()), counters(pair.store_stats())
-    disk = bytes_from_disk(pair.store_pid)
+    worker, store = counters(pair.client.stats()), counters(pair.store.stats())
+    disk = bytes_from_disk(pair.store.pid)
     finishes, store_resident, worker_resident = [], [], []
     for seed in range(options.runs):
         finishes.append(_generate(pair, checkpoint, options, seed))
-        store_resident.append(Resident.of(pair.store_pid))
+        store_resident.append(Resident.of(pair.store.pid))
         worker_resident.append(Resident.of(pair.worker_pid))
     stats = pair.client.stats()
     return _Measured(
         finishes,
         # A counter of a request that the worker does not add up over its life is in `finish` alone.
         {**total(map(counters, finishes)), **difference(counters(stats), worker)},
-        difference(counters(pair.store_stats()), store),
-        bytes_from_disk(pair.store_pid) - disk,
+        difference(counters(pair.store.stats()), store),
+        bytes_from_disk(pair.store.pid) - disk,
         store_resident,
         worker_resident,
         stats.slot_bytes,

@@ -1,4 +1,7 @@
-"""Both processes serving one model on the CPU, as a user starts them, and the memory that they take."""
+"""Both processes serving one model, as a user starts them, and the memory that they take.
+
+A store outlives its workers: several may be started on it, one after the other, each with options of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from synthetic import COMMANDS
 
@@ -19,6 +22,12 @@ from common.rpc import expert_store_pb2 as store_pb
 from common.rpc import gpu_worker_pb2 as worker_pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
 from gpu_worker.client import Generated, WorkerClient
+
+_STOP_SECONDS = 40.0  # a worker may take 30 to end the step that it is in
+
+
+class Ended(SystemExit):
+    """A process ended instead of serving. Ends the benchmark too, unless somebody has better ideas."""
 
 
 class Resident(NamedTuple):
@@ -45,9 +54,9 @@ class Pair(NamedTuple):
     """Both processes, running."""
 
     client: WorkerClient
-    store_address: Address
-    store_pid: int
+    store: Store
     worker_pid: int
+    start_seconds: float  # from the worker's command to serving
 
     def generate(self, prompt: Sequence[int], new: int) -> worker_pb.Finish:
         """Exactly `new` tokens after the prompt, greedily; what the worker says of it."""
@@ -57,14 +66,56 @@ class Pair(NamedTuple):
         assert generated.finish is not None and len(generated.token_ids) == new
         return generated.finish
 
-    def store_stats(self) -> store_pb.StoreStats:
-        with channel_to(self.store_address) as channel:
+
+class Store(NamedTuple):
+    """A store that serves."""
+
+    address: Address
+    pid: int
+    runtime: Path
+
+    @property
+    def worker_log(self) -> Path:
+        """What the last worker said."""
+        return self.runtime / "gpu-worker.log"
+
+    def stats(self) -> store_pb.StoreStats:
+        with channel_to(self.address) as channel:
             return ExpertStoreStub(channel).Stats(store_pb.StoreStatsRequest(), timeout=10)
+
+    def wait_until_full(self, timeout: float) -> None:
+        """A starting store reads ahead into every frame; what is measured comes after that."""
+        deadline = time.monotonic() + timeout
+        while (stats := self.stats()).ready_frames < stats.frames:
+            if time.monotonic() > deadline:
+                raise SystemExit(
+                    f"the store has {stats.ready_frames} of {stats.frames} frames ready, no more"
+                )
+            time.sleep(0.2)
+
+    @contextmanager
+    def worker(self, options: Sequence[str], timeout: float) -> Iterator[Pair]:
+        """Start a worker and wait until it serves; stop it at the end of the block. One at a time."""
+        started = time.monotonic()
+        with _process(["gpu-worker", "start", *options], self.runtime, "worker", timeout) as (address, pid):
+            seconds = time.monotonic() - started
+            with WorkerClient(address) as client:
+                yield Pair(client, self, pid, seconds)
 
 
 def prompt_of(seed: int, tokens: int, vocabulary: int) -> list[int]:
     """Token ids that differ from seed to seed and do not repeat soon."""
     return [(seed * 7919 + 31 * i * i) % vocabulary for i in range(tokens)]
+
+
+@contextmanager
+def store_of(model: Path | str, runtime: Path, options: Sequence[str], timeout: float) -> Iterator[Store]:
+    """Start a store with its socket in `runtime`, and wait until it serves; stop it at the end of the block.
+
+    Raises Ended if it ends instead, Unavailable after `timeout` seconds. So does `Store.worker`.
+    """
+    with _process(["expert-store", "start", str(model), *options], runtime, "store", timeout) as served:
+        yield Store(*served, runtime)
 
 
 @contextmanager
@@ -75,37 +126,45 @@ def served(
     worker_options: Sequence[str] = (),
     timeout: float = 120,
 ) -> Iterator[Pair]:
-    """Start a store and a worker with their sockets in `runtime`; stop both at the end of the block."""
+    """A store and one worker on the CPU, with their sockets in `runtime`."""
+    with (
+        store_of(model, runtime, store_options, timeout) as store,
+        store.worker(["--device", "cpu", *worker_options], timeout) as pair,
+    ):
+        yield pair
+
+
+@contextmanager
+def _process(command: list[str], runtime: Path, socket: str, timeout: float) -> Iterator[tuple[Address, int]]:
+    """One of both, serving on its default address below `runtime`, beside which its log lies."""
+    address, log = Address.parse(f"unix:{runtime}/{socket}.sock"), runtime / f"{command[0]}.log"
     environment = os.environ | {"EXPERT_SERVING_RUNTIME_DIR": str(runtime)}
-    store = _start(["expert-store", "start", str(model), *store_options], environment, runtime)
-    worker = _start(["gpu-worker", "start", "--device", "cpu", *worker_options], environment, runtime)
-    addresses = [Address.parse(f"unix:{runtime}/{name}.sock") for name in ("store", "worker")]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([str(COMMANDS / command[0]), *command[1:]], env=environment, stderr=stderr)
     try:
-        _wait(addresses[1], {"expert-store": store, "gpu-worker": worker}, runtime, timeout)
-        with WorkerClient(addresses[1]) as client:
-            yield Pair(client, addresses[0], store.pid, worker.pid)
+        _wait(address, process, log, timeout)
+        yield address, process.pid
     finally:
-        for process in (worker, store):
-            process.terminate()
-            process.wait(30)
+        stop(process)
 
 
-def _start(command: list[str], environment: dict[str, str], runtime: Path) -> subprocess.Popen[bytes]:
-    with (runtime / f"{command[0]}.log").open("wb") as log:
-        return subprocess.Popen([str(COMMANDS / command[0]), *command[1:]], env=environment, stderr=log)
-
-
-def _wait(
-    address: Address, processes: dict[str, subprocess.Popen[bytes]], runtime: Path, timeout: float
-) -> None:
-    """Until it serves; ends the benchmark with what a process said that has ended instead."""
+def _wait(address: Address, process: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            return wait_until_serving(address, 1)
+            return wait_until_serving(address, 0.5)
         except Unavailable:
-            for name, process in processes.items():
-                if process.poll() is not None:
-                    raise SystemExit(f"{name} ended:\n{(runtime / f'{name}.log').read_text()}") from None
+            if process.poll() is not None:
+                raise Ended(f"{log.stem} ended:\n{log.read_text()}") from None
             if time.monotonic() > deadline:
                 raise
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """In good order; at once if that takes too long."""
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -26,10 +26,13 @@ def measure(model: NemotronHForCausalLM, prompt: torch.Tensor, new: int) -> tupl
     """Seconds until the first new token, and from there to the last, decoding greedily."""
     started = time.perf_counter()
     output = model(prompt, use_cache=True, logits_to_keep=1)
+    token = output.logits[:, -1:].argmax(-1)
+    token.item()  # waits for a GPU
     prefilled = time.perf_counter()
     for _ in range(new - 1):
-        token = output.logits[:, -1:].argmax(-1)
         output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+    token.item()
     return prefilled - started, time.perf_counter() - prefilled
 
 
