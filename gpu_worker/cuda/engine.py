@@ -1,8 +1,7 @@
 """The engine on a GPU: decode steps as captured graphs where the device can drive them, else led by the host.
 
 `eager` launches the same kernels one by one instead, and gives the same bits; so does the host. Used by one
-thread alone. (PyTorch's attention biases are imported here because that takes seconds, for which the first
-long prompt need not wait.)
+thread alone.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.attention.bias
 from torch import Tensor
 
 from gpu_worker.cuda.decode_model import DecodeModel

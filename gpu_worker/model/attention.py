@@ -20,21 +20,24 @@ def attend_chunk(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
     Returns (t, heads * d). The kv heads stand as the batch: a group's queries share one without a copy of it.
     """
-    (t, heads, _), (kv_heads, s, _) = q.shape, keys.shape
+    (t, heads, _), kv_heads = q.shape, keys.shape[0]
     grouped = torch.unflatten(q, 1, (kv_heads, -1)).permute(1, 2, 0, 3)
     keys, values = (m[:, None].expand(-1, heads // kv_heads, -1, -1) for m in (keys, values))
-    mask = None if s == t else _lower_right(t, s, q.device)
-    y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=mask is None)
+    y = _attend_last(grouped, keys, values)
     return y.permute(2, 0, 1, 3).reshape(t, -1)
 
 
-def _lower_right(t: int, s: int, device: torch.device) -> Tensor:
-    """Which of s positions the last t may see. Kernels of the GPU know this mask without being shown it."""
-    if device.type == "cuda":
-        from torch.nn.attention.bias import causal_lower_right  # takes a second, which a CPU need not wait
-
-        return causal_lower_right(t, s)
-    return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
+def _attend_last(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of the last of the positions: q (..., t, d), keys and values (..., s, d)."""
+    t, s, d = q.shape[-2], keys.shape[-2], q.shape[-1]
+    if s == t:
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True)
+    if q.is_cuda and q.dtype != torch.float32 and d % 8 == 0:
+        # Flash attention's causal mask is aligned to the last position and never laid out in memory. What
+        # PyTorch offers for it, torch.nn.attention.bias, does no more than this, and takes seconds to import.
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, keys, values, is_causal=True)[0]
+    mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
 def attend_batch(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
