@@ -74,11 +74,15 @@ def cache_message(counters: CacheCounters) -> pb.CacheCounters:
 
 
 def parts_message(times: PartTimes, cache: CacheCounters) -> pb.PartSeconds:
-    """`cache` of the same span of time: what it says of routed experts is not said twice."""
+    """`cache` of the same span of time: what it says of routed experts is not said twice.
+
+    On a GPU the parts are those of prompts alone, while `cache` counts the fetching of every step that the
+    host drives, which may be more than the parts' own.
+    """
     return pb.PartSeconds(
         mamba_seconds=times[MAMBA],
         attention_seconds=times[ATTENTION],
-        moe_seconds=times[MOE] - cache.fetch_seconds - cache.compute_seconds,
+        moe_seconds=max(0.0, times[MOE] - cache.fetch_seconds - cache.compute_seconds),
         mlp_seconds=times[MLP],
         lm_head_seconds=times[LM_HEAD],
     )

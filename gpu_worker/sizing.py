@@ -6,19 +6,27 @@ is too small is refused with the smallest that works: nothing spills. Not done h
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from common.errors import ConfigError
+from common.model_config import ModelConfig
 from common.record import RecordLayouts
 from common.units import format_bytes
 from gpu_worker.account import Account, Entry, Sizes
 from gpu_worker.config import AUTO, DIRECT, WorkerConfig
+from gpu_worker.model.states import StatePools
 
 # On a GPU, keys and values of a long context are bought with slots, which every token profits from. Where no
 # context is named, they get this share of the budget, or whatever is left once every expert has its slot.
 CONTEXT_SHARE = 1 / 32
 LEAST_CONTEXT = 4096  # tokens, of those that are not named
 _CONTEXT_STEP = 1024
+# Where no number of sequences is named and nothing is bought with their memory: twice as many give no more
+# tokens a second by two cores. Should they come to fill their pools, it is no more than this share of RAM.
+SEQUENCES = 8
+SEQUENCES_SHARE = 1 / 8
 _DENSE_BITS = (8, 5)  # what is weighed against slots where dense weights are plain
 
 
@@ -34,6 +42,22 @@ def resolve_dtype(config: WorkerConfig, device: torch.device) -> torch.dtype:
     """What was named; else bfloat16 on a GPU, float32 on a CPU."""
     name = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def resolve_sequences(
+    config: WorkerConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> int:
+    """How many at a time: what was named; else 1 within a budget, where each costs slots, as on every GPU;
+    else SEQUENCES, or as many as SEQUENCES_SHARE has room for."""
+    if config.max_sequences is not None:
+        return config.max_sequences
+    if device.type != "cpu" or config.vram is not None:
+        return 1
+    longest = model.max_position_embeddings
+    context = min(config.max_context or longest, longest)
+    one = StatePools(model, 1, context, dtype, "meta").nbytes
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(max(int(memory * SEQUENCES_SHARE) // one, 1), SEQUENCES)
 
 
 def check_expert_bits(wanted: int | None, layouts: RecordLayouts) -> None:
@@ -120,11 +144,11 @@ class _Chooser:
 
     def _context(self) -> int:
         """Tokens: what was named, else by CONTEXT_SHARE; less if slots for a token's experts need room."""
-        longest = self._longest
-        if self.config.max_context is not None or self.sizes.memory is None:
+        longest, token_bytes = self._longest, self.sizes.token_bytes
+        if self.config.max_context is not None or self.sizes.memory is None or token_bytes == 0:
             return longest
         assert self.budget is not None
-        bits, token_bytes = self.config.dense_bits, self.sizes.token_bytes
+        bits = self.config.dense_bits
         least = min(LEAST_CONTEXT, longest)
         context = _clamped(int(self.budget * CONTEXT_SHARE) // token_bytes, least, longest)
         slots = self.fitting(context, bits)

@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     address = Address.parse(args.listen) if args.listen else Address.default("worker")
     with WorkerClient(address) as client:
-        info = client.model_info()
+        info, failed_before = client.model_info(), client.stats().requests_failed
         draw = random.Random(args.seed)
         ask(client, tuple(range(8)), 8)  # whatever is allocated at first use
         before = memory()
@@ -58,16 +58,18 @@ def main() -> None:
         ask(client, tuple(range(8)), steps)
         after = memory()
         stats = client.stats()
+        failed = stats.requests_failed - failed_before
     took = time.monotonic() - started
     print(
         f"{args.requests} requests, {repeated} of them again with the same answer, then {steps} steps: "
-        f"{took:.0f} s; hit rate {stats.cache.hit_rate:.1%}, {stats.requests_failed} failed"
+        f"{took:.0f} s; hit rate {stats.cache.hit_rate:.1%}, {failed} failed"
     )
-    for what, size in after.items():
-        print(f"{what}: {format_bytes(before[what])} before, {format_bytes(size)} after")
-    grown = [what for what, size in after.items() if size > before[what] + _GROWTH]
-    if grown or stats.requests_failed:
-        sys.exit(f"grown: {', '.join(grown) or 'nothing'}; failed: {stats.requests_failed}")
+    both = sorted(before.keys() & after.keys())
+    for what in both:
+        print(f"{what}: {format_bytes(before[what])} before, {format_bytes(after[what])} after")
+    grown = [what for what in both if after[what] > before[what] + _GROWTH]
+    if grown or failed:
+        sys.exit(f"grown: {', '.join(grown) or 'nothing'}; failed: {failed}")
 
 
 def soak(
@@ -85,7 +87,7 @@ def soak(
         else:
             length = min(int(draw.paretovariate(0.6) * 4), context // 2)
             prompt = tuple(draw.randrange(vocabulary) for _ in range(length))
-            earlier.append(ask(client, prompt, draw.randint(1, 48)))
+            earlier.append(ask(client, prompt, draw.randint(1, min(48, context // 2))))
             del earlier[:-_KEPT]
         yield again
 
@@ -103,9 +105,12 @@ def memory() -> dict[str, int]:
     """Resident bytes of the worker's processes on this machine, and what is used of the device's memory."""
     sizes = {}
     for status in Path("/proc").glob("[0-9]*/status"):
-        command = (status.parent / "cmdline").read_bytes().split(b"\0")
-        if any(word.endswith(b"gpu-worker") for word in command[:2]) and b"start" in command:
+        try:
+            command = (status.parent / "cmdline").read_bytes().split(b"\0")
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        except OSError:
+            continue  # it has ended meanwhile
+        if any(word.endswith(b"gpu-worker") for word in command[:2]) and b"start" in command:
             sizes[f"worker {status.parent.name}, resident"] = int(fields["RssAnon"].split()[0]) * 1024
     try:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]

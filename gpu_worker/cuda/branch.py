@@ -14,9 +14,9 @@ import torch
 class Branch:
     """One stream beside the current one.
 
-    Between a fork and its join the branch reads what the current stream had written before the fork, and
-    nobody reads what the branch writes. Memory of tensors that either side frees meanwhile is not reused by
-    the other before the join, because a stream's allocations are its own.
+    Between a fork and its join the branch may read what the current stream had written before the fork, and
+    nobody else reads what the branch writes. Tensors that it reads must live until the join: once they are
+    freed, the current stream writes to their memory again. What the branch allocates is reused by it alone.
     """
 
     def __init__(self, device: torch.device) -> None:

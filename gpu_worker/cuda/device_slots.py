@@ -28,6 +28,8 @@ from gpu_worker.slots.cache import LayerState
 from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.slots.policies import POLICIES, Usage
 
+MAX_PAIRS = 128  # the look-up compares all pairs of a step in one program
+
 
 def layer_state(clock: Sequence[int], experts: list[int], *usage: Sequence[int]) -> LayerState:
     """What `DeviceSlots.columns` say, once they are on the host."""
@@ -40,9 +42,10 @@ class DeviceSlots:
         FREE --resolve--> RESIDENT, its record to come --fetch--> RESIDENT --(victim of resolve)--+
                                     ^                                                             |
                                     +--------------------- another expert's ----------------------+
+        FREE or RESIDENT --reserve--> AWAITED --resolve--> RESIDENT if it was chosen, else FREE
 
     Invariant: an expert's slot holds that expert, and no other slot does. Every `resolve` is followed by the
-    same layer's `fetch` before anything reads the pool.
+    same layer's `fetch` before anything reads the pool. Nothing is awaited between steps.
     """
 
     def __init__(
@@ -55,8 +58,8 @@ class DeviceSlots:
         max_pairs: int,
         device: torch.device,
     ) -> None:
-        """max_pairs: rows times experts per row of the largest step, 128 at most."""
-        assert policy in POLICIES and max_pairs <= 128 and stride % 4096 == 0
+        """max_pairs: rows times experts per row of the largest step, at most MAX_PAIRS."""
+        assert policy in POLICIES and max_pairs <= MAX_PAIRS and stride % 4096 == 0
         self.policy = policy
 
         def ints(*shape: int, value: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -71,7 +74,7 @@ class DeviceSlots:
             counters=ints(layers, 2, dtype=torch.int64),
         )
         self.frame_of = ints(layers, experts)
-        # A tensor, so that a captured graph reads from the arena that is attached when it is replayed.
+        # A tensor, so that the kernels need not be compiled for an address.
         self.arena_base = ints(1, dtype=torch.int64)
         self.slot_ids = ints(max_pairs)
         self.misses = Misses(ints(1), ints(max_pairs), ints(max_pairs))
@@ -105,12 +108,9 @@ class DeviceSlots:
         kernels.resolve(choices, layer, *arguments)
         return self.slot_ids[: choices.numel()].view(choices.shape)
 
-    def fetch(self, layer: int, blocks: int = 16) -> None:
-        """Fill the slots that the last `resolve` gave to misses of `layer`, by that many programs.
-
-        More programs than these were not faster on an H100, and they leave the other multiprocessors alone.
-        """
-        kernels.fetch(layer, self.misses, self.arena_base, self.pool, blocks)
+    def fetch(self, layer: int) -> None:
+        """Fill the slots that the last `resolve` gave to misses of `layer`."""
+        kernels.fetch(layer, self.misses, self.arena_base, self.pool)
 
     def reserve(self, layer: int, choices: Tensor) -> None:
         """`layer` will probably choose these (rows, k): a slot for one that is absent, to `fetch_ahead`.
@@ -119,9 +119,9 @@ class DeviceSlots:
         """
         prefetch.reserve(choices, layer, self.policy, self.directory, self.awaited, self.frame_of, self.ahead)
 
-    def fetch_ahead(self, layer: int, blocks: int = 16) -> None:
+    def fetch_ahead(self, layer: int) -> None:
         """Copy what `reserve` took a slot for, until it is not chosen; to be launched before `fetch`."""
-        prefetch.fetch_ahead(layer, self.awaited, self.arena_base, self.pool, blocks)
+        prefetch.fetch_ahead(layer, self.awaited, self.arena_base, self.pool)
 
     def counters(self) -> CacheCounters:
         """Hits, misses and bytes since the start; waits for the device."""
@@ -170,5 +170,6 @@ class DeviceSlots:
         slots = directory.slot_of[layers, experts].long()
         assert torch.equal(directory.expert_of[layers, slots].long(), experts), "a slot holds another expert"
         assert (directory.last_used <= directory.clock[:, None]).all(), "a slot was used in the future"
+        assert (self.awaited.expert == ABSENT).all(), "an expert is still awaited"
         assert (directory.uses >= 0).all() and (directory.counters >= 0).all()
         assert 0 <= int(self.misses.length) <= len(self.misses.frames), "more misses than pairs"

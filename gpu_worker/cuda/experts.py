@@ -17,6 +17,7 @@ from common.record import RecordLayouts
 from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.fetch_ahead import FetchAhead
 from gpu_worker.cuda.host_steps import HostSteps
+from gpu_worker.cuda.kernels.router import usable
 from gpu_worker.cuda.prompt_experts import PromptExperts
 from gpu_worker.cuda.record_copies import RecordCopies, wait_for
 from gpu_worker.cuda.staging_ring import StagingRing
@@ -43,8 +44,9 @@ class DeviceExperts:
     ) -> None:
         """`gates`: the routers of all layers."""
         self.cache = cache
-        self._hints, self._ahead = hints, FetchAhead(hints.mode, cache)
         self._copies, self._config, self._counters = copies, config, CacheCounters()
+        guesses = self.device_drives(1) and usable(config) and len(gates) > 1
+        self._hints, self._ahead = hints, FetchAhead(hints.mode, cache, guesses)
         fetch = CountedFetch(copies.fetch, self._counters, hints.note_misses)
         self.ring = StagingRing(copies, fetch, layouts.stride, cache.pool.device)
         ahead = self._by_device and hints.mode != "off"
@@ -77,7 +79,7 @@ class DeviceExperts:
 
     @property
     def wants_hints(self) -> bool:
-        return self._hints.wanted()
+        return not self._copies.full and self._hints.wanted()
 
     def describe(self) -> str:
         """The policy in force, and who follows it for one sequence."""

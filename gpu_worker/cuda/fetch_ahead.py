@@ -19,8 +19,9 @@ _RETRY_STEPS = 4096
 class FetchAhead:
     """Switches it for one worker; `mode` is on, off or auto. For the engine's thread alone."""
 
-    def __init__(self, mode: str, cache: DeviceSlots) -> None:
-        self.mode = mode
+    def __init__(self, mode: str, cache: DeviceSlots, able: bool) -> None:
+        """`able`: whether steps can guess: the device drives them, and routers of a kind it knows."""
+        self.mode, self._able = mode, able
         self._cache = cache
         self._steps = self._paused_until = 0
         self._judged = HintCounters()
@@ -37,6 +38,8 @@ class FetchAhead:
             return "off (asked for)"
         if self._cache.holds_all:
             return "off (every expert has its slot)"
+        if not self._able:
+            return "off (steps of this model, or so few slots, cannot guess)"
         if self._paused_until > self._steps:
             return f"off (fewer than {_USEFUL_SHARE:.0%} of the last guesses were right)"
         return f"on ({'experts are copied ahead' if self.mode == 'auto' else 'asked for'})"

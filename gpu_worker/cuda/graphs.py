@@ -38,8 +38,9 @@ class CapturedSteps:
         started = time.monotonic()
         self._graphs: dict[int, _Captured] = {}
         memory = None
+        stream = torch.cuda.Stream(device) if sizes else None  # one for all: cuBLAS has a workspace for each
         for size in sorted(sizes, reverse=True):  # the largest first: the others reuse its memory
-            captured = self._graphs[size] = _Captured(step, size, device, memory)
+            captured = self._graphs[size] = _Captured(step, size, stream, memory)
             memory = captured.graph.pool()
         if sizes:
             took = time.monotonic() - started
@@ -56,19 +57,16 @@ class CapturedSteps:
 class _Captured:
     """One graph, and the tensors that it reads and writes."""
 
-    def __init__(self, step: Step, size: int, device: torch.device, memory: Any) -> None:
+    def __init__(self, step: Step, size: int, stream: Any, memory: Any) -> None:
         # Written by the host, copied by the graph itself: one launch a step.
         self._staged = torch.stack([torch.zeros(size, dtype=torch.int64), torch.arange(size)]).pin_memory()
-        inputs = self._staged.to(device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(
-            stream
-        ):  # compiles kernels and makes cuBLAS's workspaces, outside of the capture
+        inputs = self._staged.to(stream.device)
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):  # compiles kernels and makes workspaces, outside of the capture
             step(*inputs)
-        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=memory):
+        with torch.cuda.graph(self.graph, pool=memory, stream=stream):
             inputs.copy_(self._staged, non_blocking=True)
             self._decoded = step(*inputs)
         self._inputs = inputs  # the graph knows only its address

@@ -6,34 +6,32 @@ measured on an H100. The mapping is read-only and stays so. Not done here: copyi
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
 from common.arena import MappedArena
-from common.errors import ConfigError, Unavailable
+from common.errors import Unavailable
 from common.units import format_bytes
 
 _MAPPED, _READ_ONLY = 2, 8  # cudaHostRegisterMapped, cudaHostRegisterReadOnly
-_POLL_SECONDS = 0.05
 
 
 class RegisteredArena:
     """Owns the registration of an arena's frames with CUDA; nothing is registered for a CPU.
 
-    Memory can be registered once at a time, so one of these must be closed before the next is made.
+    Memory can be registered once at a time, so one of these must be closed before another is made of the same
+    arena.
     """
 
     def __init__(self, arena: MappedArena, device: torch.device) -> None:
-        """Raises ConfigError when the driver cannot register memory that is mapped read-only."""
+        """Raises Unavailable when the driver cannot register memory that is mapped read-only."""
         self.mapped = arena
         self._registered = device.type == "cuda"
         if self._registered:
             frames, runtime = arena.frames, torch.cuda.cudart()
             code = runtime.cudaHostRegister(frames.data_ptr(), frames.nbytes, _MAPPED | _READ_ONLY)
             if code != runtime.cudaError.success:
-                raise ConfigError(
+                raise Unavailable(
                     f"CUDA cannot register the store's {format_bytes(frames.nbytes)} of experts ({code}); "
                     "use --device cpu"
                 )
@@ -56,12 +54,3 @@ class RegisteredArena:
     def close(self) -> None:
         if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self.address)
-
-
-def wait_until_full(arena: MappedArena, timeout: float) -> None:
-    """Return once the store has read every expert; Unavailable when that takes over `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while missing := arena.missing():
-        if time.monotonic() > deadline:
-            raise Unavailable(f"the store has not read {missing} experts after {timeout:.0f} s")
-        time.sleep(_POLL_SECONDS)

@@ -55,9 +55,10 @@ class HostSteps:
     def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
         """See `StepExperts`. Raises what `Fetcher.stage` raises; what came until then stays resident."""
         asked = [choices, *self._cache.columns(layer)]
-        hinted = self._next_choices(layer, x)
-        chosen, *columns, next_choices = Download([*asked, hinted]).wait()
-        self._hints.send([ExpertKey(layer + 1, expert) for expert in sorted(set(next_choices))])
+        hinted, resident = self._next_choices(layer, x), self._cache.directory.expert_of[layer + 1 :][:1]
+        chosen, *columns, next_choices, there = Download([*asked, hinted, resident]).wait()
+        absent = sorted(set(next_choices) - set(there))
+        self._hints.send([ExpertKey(layer + 1, expert) for expert in absent])
         slots = LayerSlots.resumed(layer_state(*columns), POLICIES[self._cache.policy])
         hidden = self._layouts[layer].down.out_features
         products = torch.empty(len(chosen), hidden, device=choices.device)

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
+from common.errors import ConfigError
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import RAW_BITS
 from common.model_config import ModelConfig
 from common.record import RecordLayouts
 from common.units import format_bytes
 from gpu_worker.cuda.decode_model import DecodeModel
-from gpu_worker.cuda.device_slots import DeviceSlots
+from gpu_worker.cuda.device_slots import MAX_PAIRS, DeviceSlots
 from gpu_worker.cuda.engine import DeviceEngine
 from gpu_worker.cuda.experts import DeviceExperts
-from gpu_worker.cuda.host_memory import wait_until_full
 from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
 from gpu_worker.cuda.record_copies import RecordCopies
 from gpu_worker.model.linear import Linear
@@ -44,18 +44,22 @@ def device_engine(
 ) -> DeviceEngine:
     """`eager`: without captured graphs; `sync_fetch`: the host fetches records singly, and waits for each.
 
-    Waits until a store that keeps every expert in RAM has read them all; Unavailable if that takes too long.
+    Waits until a store that keeps every expert in RAM has read them all; Unavailable if that takes too long,
+    ConfigError for more sequences than a step can take.
     """
     device = pools.lengths.device
-    if fetcher.all_fit():
-        wait_until_full(fetcher.arena, FULL_TIMEOUT)
+    most = MAX_PAIRS // config.num_experts_per_tok
+    if pools.sequences > most:
+        raise ConfigError(f"--max-sequences {pools.sequences}: a step takes at most {most} of this model")
+    full = fetcher.all_fit()
+    arena = fetcher.full_arena(FULL_TIMEOUT) if full else fetcher.arena
     shape = (config.num_layers, config.n_routed_experts, slots, layouts.stride)
     cache = DeviceSlots(*shape, policy, pools.sequences * config.num_experts_per_tok, device)
     for linear in _linears(model_weights):
         if isinstance(linear.weight, PackedMatrix) and linear.weight.bits != RAW_BITS:
             linear.computed_by(PackedLinear(linear.weight))
     gates = [block.mixer.gate for block in model_weights.blocks if isinstance(block.mixer, MoEWeights)]
-    copies = RecordCopies(fetcher, device, one_by_one=sync_fetch)
+    copies = RecordCopies(fetcher, arena, full, device, one_by_one=sync_fetch)
     experts = DeviceExperts(layouts, cache, copies, hints, gates, config)
     log.info("slots and staging: %s; %s", format_bytes(experts.nbytes), experts.describe())
     model = NemotronH(config, model_weights, experts)

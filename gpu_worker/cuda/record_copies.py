@@ -38,10 +38,12 @@ class RecordCopies:
     copy, and looks whether the frame was left alone meanwhile, before it is released.
     """
 
-    def __init__(self, fetcher: Fetcher, device: torch.device, one_by_one: bool = False) -> None:
-        """`one_by_one`: every record alone, and waited for."""
-        self.full, self.one_by_one = fetcher.all_fit(), one_by_one
-        self.arena = RegisteredArena(fetcher.arena, device)
+    def __init__(
+        self, fetcher: Fetcher, arena: MappedArena, full: bool, device: torch.device, one_by_one: bool = False
+    ) -> None:
+        """`full`: every expert is READY in `arena`, for good; `one_by_one`: each alone, and waited for."""
+        self.full, self.one_by_one = full, one_by_one
+        self.arena = RegisteredArena(arena, device)
         self._fetcher, self._device = fetcher, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -53,7 +55,8 @@ class RecordCopies:
         groups = [[item] for item in wanted] if self.one_by_one else [wanted]
         if self.full:
             for group in groups:
-                self._read(self.arena.mapped, group)
+                read = self._read(self.arena.mapped, group)
+                assert len(read) == len(group), "a record of a full arena is not ready"
             return set()
         return set().union(*(self._fetcher.fetch(group, self._read) for group in groups))
 
@@ -95,5 +98,5 @@ class RecordCopies:
 
     def _follow(self, arena: MappedArena) -> None:
         """Read from the arena of the store's successor; all copies from the former have been waited for."""
-        self.arena.close()
-        self.arena = RegisteredArena(arena, self._device)
+        former, self.arena = self.arena, RegisteredArena(arena, self._device)
+        former.close()

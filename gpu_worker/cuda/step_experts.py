@@ -58,9 +58,9 @@ def _wanted(x: Activations, projection: ExpertProducts) -> Tensor:
 class SlotSteps:
     """Implements `StepExperts` without the host: the device looks up, fetches, fetches ahead and computes.
 
-    Two branches run beside the step: all copies, in the order in which layers need them, and the guesses what
-    to copy ahead. The residual stream changes little from block to block, so the next layer's router mostly
-    chooses from this layer's input what it will choose from its own.
+    Two branches run beside the step: all copies, in the order in which layers need them, and the guesses of
+    what to copy ahead. The residual stream changes little from block to block, so the next layer's router
+    mostly chooses from this layer's input what it will choose from its own.
     """
 
     def __init__(
@@ -92,7 +92,11 @@ class SlotSteps:
             self._copies.after(self._guesses)
             with self._copies.beside():
                 self._cache.fetch_ahead(layer + 1)
-        return self._kernels[layer](x, pool, slot_ids.view(-1), k)
+        products = self._kernels[layer](x, pool, slot_ids.view(-1), k)
+        if guessed:
+            # Before x is given up, which the guess reads, and before the next layer is resolved.
+            self._guesses.join()
+        return products
 
     def _predicted(self, layer: int, x: Activations, like: Tensor) -> Tensor:
         """What the router of `layer` makes of an earlier layer's input."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from common.hlwq import native
 from common.hlwq.matrix import PackedMatrix, raw_matrix
-from common.hlwq.planes import RAW_BITS
 
 
 class Linear:
@@ -51,11 +50,4 @@ class Linear:
 
 def _packed_product(matrix: PackedMatrix) -> Callable[[Tensor], Tensor]:
     """Decoding a token makes a hundred short calls of these: whatever can be prepared, is."""
-    if native.usable(*matrix.planes):
-        return native.Product(matrix)
-    if matrix.planes[0].is_cuda and matrix.bits != RAW_BITS:
-        # Imported here because without a GPU Triton need not be there.
-        from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
-
-        return PackedLinear(matrix)
-    return matrix.product
+    return native.Product(matrix) if native.usable(*matrix.planes) else matrix.product

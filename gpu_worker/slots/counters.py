@@ -10,14 +10,18 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass
 class CacheCounters:
-    """Since the start: experts needed by a step and found in a slot, or not; what fetching moved."""
+    """Since the start: experts needed by a step and found in a slot, or not; what fetching moved.
+
+    An expert counts once a step, however many rows chose it. One that was copied ahead counts as found, even
+    where the step had to wait for the rest of it; its bytes count as fetched, needed or not.
+    """
 
     hits: int = 0
     misses: int = 0
     bytes_fetched: int = 0
     staged: int = 0  # misses that had to wait for the store's disk
     fetch_seconds: float = 0.0  # copying records and waiting for those that were staged
-    compute_seconds: float = 0.0  # computing experts; on a GPU, handing the work over
+    compute_seconds: float = 0.0  # computing experts; not counted on a GPU
 
     def copy(self) -> CacheCounters:
         return replace(self)

@@ -93,6 +93,19 @@ class Fetcher:
         assert self._link.last_attachment is not None, "fetching before the first attachment"
         return self._link.last_attachment.arena
 
+    def full_arena(self, timeout: float) -> MappedArena:
+        """The frames, once the store has read every expert into them; of its successor, should it die before.
+
+        Raises Unavailable when that takes over `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while missing := self.arena.missing():
+            self._link.check_interrupted()
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the store has not read {missing} experts after {timeout:.0f} s")
+            time.sleep(_POLL_MS / 1e3)
+        return self.arena
+
     def fetch(self, wanted: Sequence[Wanted], read: Read = read_ready) -> set[ExpertKey]:
         """Copy each record into its slot; returns the experts that had to be staged first.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.cuda.kernels.slots import (
     ABSENT,
+    PROGRAMS,
     Awaited,
     Directory,
     copy_record,
@@ -80,7 +81,7 @@ def reserve(
 
 
 def fetch_ahead_plain(
-    layer: int, awaited: Awaited, arena_base: Tensor, pool: Tensor, blocks: int = 16
+    layer: int, awaited: Awaited, arena_base: Tensor, pool: Tensor, blocks: int = PROGRAMS
 ) -> None:
     """Copy the awaited record of a layer to its slot, unless it was given up; see `slots.fetch_plain`."""
     frame, slot = int(awaited.frame[layer]), int(awaited.slot[layer])
@@ -89,7 +90,9 @@ def fetch_ahead_plain(
         awaited.counters[layer, 2] += pool.shape[2]
 
 
-def fetch_ahead(layer: int, awaited: Awaited, arena_base: Tensor, pool: Tensor, blocks: int = 16) -> None:
+def fetch_ahead(
+    layer: int, awaited: Awaited, arena_base: Tensor, pool: Tensor, blocks: int = PROGRAMS
+) -> None:
     """As `fetch_ahead_plain`; looks again and again whether to go on."""
     _, slots, stride = pool.shape
     _fetch_ahead_kernel[(blocks,)](

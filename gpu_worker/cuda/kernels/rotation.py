@@ -24,8 +24,6 @@ from gpu_worker.cuda.kernels.packed_words import tile_dot
 from gpu_worker.model.norms import gated_group_norm
 from gpu_worker.model.norms import rms_norm as plain_rms_norm
 
-_FACTORS = (8, 16)  # H of 128 is H of 8 times H of 16, Kronecker's product: 24 terms a value instead of 128
-
 
 @cache
 def product_order(device: torch.device) -> Tensor:

@@ -18,9 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
+from gpu_worker.cuda.kernels.packed_words import INTERPRETED
 from gpu_worker.slots.policies import POLICIES, Usage
 
 ABSENT = -1
+# Of `fetch`: more were not faster on an H100, and these leave most multiprocessors alone.
+PROGRAMS = 2 if INTERPRETED else 16
 _BLOCK = tl.constexpr(4096)  # int32 words that a program of `fetch` has in one load
 
 
@@ -129,7 +132,7 @@ def resolve(
     )
 
 
-def fetch_plain(layer: int, misses: Misses, arena_base: Tensor, pool: Tensor, blocks: int = 16) -> None:
+def fetch_plain(layer: int, misses: Misses, arena_base: Tensor, pool: Tensor, blocks: int = PROGRAMS) -> None:
     """Copy the records of `misses` from the arena to the slots of pool (layers, slots, stride) uint8.
 
     arena_base (1,) int64 is the device's address of frame 0; frames lie a stride apart, a multiple of 4096.
@@ -148,7 +151,7 @@ def copy_record(arena_base: Tensor, frame: int, slot: Tensor) -> None:
     slot.copy_(torch.frombuffer(record, dtype=torch.uint8))
 
 
-def fetch(layer: int, misses: Misses, arena_base: Tensor, pool: Tensor, blocks: int = 16) -> None:
+def fetch(layer: int, misses: Misses, arena_base: Tensor, pool: Tensor, blocks: int = PROGRAMS) -> None:
     """As `fetch_plain`."""
     _, slots, stride = pool.shape
     words = pool.view(torch.int32)

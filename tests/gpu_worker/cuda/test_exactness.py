@@ -62,8 +62,8 @@ def outputs(engine: DeviceEngine) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: PackedCheckpoint, link: FixedLink, device: torch.device) -> list[Tensor]:
-    """By a worker to which every expert is resident after its first prompt."""
-    with engine_of(checkpoint, Fetcher(link), EXPERTS, device) as engine:
+    """By a worker whose host leads, and fetches one record at a time."""
+    with engine_of(checkpoint, Fetcher(link), 5, device, sync_fetch=True) as engine:
         return outputs(engine)
 
 

@@ -54,7 +54,7 @@ class Watched:
         self.fetched: list[ExpertKey] = []
         self.counters = CacheCounters()
         self.arena = fetcher.arena
-        self.copies = RecordCopies(fetcher, device)
+        self.copies = RecordCopies(fetcher, fetcher.arena, fetcher.all_fit(), device)
         fetch = CountedFetch(self.copies.fetch, self.counters, lambda keys, staged: self.fetched.extend(keys))
         self.ring = StagingRing(self.copies, fetch, stride, device)
 

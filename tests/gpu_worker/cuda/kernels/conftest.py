@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ from torch import Tensor
 @pytest.fixture(autouse=True)
 def empty_is_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a launcher allocates holds NaN until a kernel writes it."""
-    empty = Tensor.new_empty
+    for owner, name in ((Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
+
+def _poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def poisoned(*args: Any, **named: Any) -> Tensor:
         made = empty(*args, **named)
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    return poisoned

@@ -9,7 +9,6 @@ from common.hlwq.planes import PLANE_WIDTHS, padded
 from common.hlwq.quantize import pack_matrix
 from gpu_worker.cuda.kernels import matrix_decode
 from gpu_worker.cuda.kernels.matrix_decode import PackedLinear, decode_plain
-from gpu_worker.model.linear import Linear
 from tests.helpers.nemotron import relative_error
 
 # A GPU rounds to bfloat16, the interpreter cuts.
@@ -49,9 +48,3 @@ def test_decoded_in_pieces(device: torch.device, monkeypatch: pytest.MonkeyPatch
     whole = PackedLinear(matrix)(x)
     monkeypatch.setattr(matrix_decode, "MOST_DECODED", 64 * 128 * 4)
     assert relative_error(PackedLinear(matrix)(x), whole) < 1e-6
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_linear_on_a_gpu_takes_it(device: torch.device) -> None:
-    matrix, x = packed(64, 256, 5, device), torch.randn(30, 256, device=device).bfloat16()
-    assert torch.equal(Linear(matrix)(x), PackedLinear(matrix)(x))
