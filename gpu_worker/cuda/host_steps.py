@@ -21,7 +21,7 @@ from gpu_worker.cuda.device_slots import DeviceSlots, layer_state
 from gpu_worker.cuda.kernels.slots import ABSENT
 from gpu_worker.cuda.linear import Activations
 from gpu_worker.cuda.record_copies import RecordCopies, now, wait_for
-from gpu_worker.cuda.step_experts import kernels_of
+from gpu_worker.cuda.step_experts import SlotKernels, kernels_of
 from gpu_worker.cuda.transfers import Download, upload
 from gpu_worker.model.moe import route
 from gpu_worker.model.weights import RouterWeights
@@ -48,7 +48,7 @@ class HostSteps:
         config: ModelConfig,
     ) -> None:
         """`fetch` counts what `copies` does; `gates` are the routers of all layers, for hints."""
-        self._layouts, self._kernels, self._cache = layouts, kernels_of(layouts), cache
+        self._layouts, self._kernels, self._cache = layouts, kernels_of(layouts, SlotKernels), cache
         self._copies, self._fetch, self._counters = copies, fetch, counters
         self._hints, self._gates, self._config = hints, gates, config
 

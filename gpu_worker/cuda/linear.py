@@ -20,7 +20,7 @@ from gpu_worker.model.weights import MLPWeights
 
 
 class Activations(NamedTuple):
-    """Rows as plain projections want them and as packed ones do; None for a form that nobody asks for."""
+    """Rows as plain projections want them and as packed ones do; None for a form that was not made."""
 
     plain: Tensor | None  # (rows, columns)
     rotated: Tensor | None  # (rows, blocks, 128) float32, see `kernels.rotation`

@@ -23,6 +23,7 @@ from gpu_worker.cuda.kernels.expert_products import combine
 from gpu_worker.cuda.kernels.grouped_product import GroupedExperts, Span
 from gpu_worker.cuda.kernels.slots import ABSENT
 from gpu_worker.cuda.staging_ring import StagingRing
+from gpu_worker.cuda.step_experts import kernels_of
 from gpu_worker.cuda.transfers import Download
 from gpu_worker.slots.counters import CacheCounters
 
@@ -51,8 +52,7 @@ class PromptExperts:
         counters: CacheCounters,
     ) -> None:
         """`ahead`: whether records may set out before they are known to be needed."""
-        made = {layout: GroupedExperts(layout) for layout in dict.fromkeys(layouts.layers)}
-        self._kernels = [made[layout] for layout in layouts.layers]
+        self._kernels = kernels_of(layouts, GroupedExperts)
         self._cache, self._ring, self._ahead, self._counters = cache, ring, ahead, counters
         self._expected: _Expected | None = None
 

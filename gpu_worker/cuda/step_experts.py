@@ -6,8 +6,8 @@ changes no bit. Not done here: the slots themselves (`device_slots`), combining 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from gpu_worker.cuda.kernels.expert_products import ExpertProducts
 from gpu_worker.cuda.kernels.router import router, usable
 from gpu_worker.cuda.linear import Activations, squared_relu
 from gpu_worker.model.weights import RouterWeights
+
+Kernels = TypeVar("Kernels")
 
 
 class StepExperts(Protocol):
@@ -72,7 +74,7 @@ class SlotSteps:
         ahead: bool,
     ) -> None:
         """`gates`: the routers of all layers; `ahead`: whether to copy ahead at all."""
-        self._kernels, self._cache, self._config = kernels_of(layouts), cache, config
+        self._kernels, self._cache, self._config = kernels_of(layouts, SlotKernels), cache, config
         self._gates = gates if ahead and usable(config) else ()
         self._copies, self._guesses = (Branch(cache.pool.device) for _ in range(2))
 
@@ -107,7 +109,7 @@ class SlotSteps:
         return choices
 
 
-def kernels_of(layouts: RecordLayouts) -> Sequence[SlotKernels]:
+def kernels_of(layouts: RecordLayouts, make: Callable[[RecordLayout], Kernels]) -> list[Kernels]:
     """One for each layer; layers of the same layout share one."""
-    made = {layout: SlotKernels(layout) for layout in dict.fromkeys(layouts.layers)}
+    made = {layout: make(layout) for layout in dict.fromkeys(layouts.layers)}
     return [made[layout] for layout in layouts.layers]
