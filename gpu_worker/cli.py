@@ -83,8 +83,16 @@ def start(
         ),
     ] = None,
     max_sequences: Annotated[
-        int, typer.Option(help="Sequences to have memory for, 1 to 16.", metavar="N")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Sequences at a time, 1 to 16, with memory for all of them. Default: 1 on a GPU or within "
+            "--vram, where more cost slots; else 8, or fewer if these would take over 1/8 of the RAM.",
+            metavar="N",
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Requests that may wait for others to end; more are refused.", metavar="N")
+    ] = 256,
     policy: Annotated[str, typer.Option(help="Which slot to give up: lru or lfru.")] = "lru",
     prefetch: Annotated[
         str,
@@ -121,6 +129,7 @@ def start(
         expert_bits=expert_bits,
         max_context=max_context,
         max_sequences=max_sequences,
+        max_queue=max_queue,
         eager=eager,
         sync_fetch=sync_fetch,
     )

@@ -35,7 +35,8 @@ class WorkerConfig:
     dense_bits: int | None = None
     expert_bits: int | None = None
     max_context: int | None = None  # tokens of prompt and answer together; None: see `sizing`
-    max_sequences: int = 1  # at a time
+    max_sequences: int | None = None  # at a time; None: see `sizing`
+    max_queue: int = 256  # requests that may wait for a place
     eager: bool = False  # no captured graphs
     sync_fetch: bool = False  # records are fetched one by one, and each is waited for
 
@@ -56,8 +57,10 @@ class WorkerConfig:
             raise ConfigError(
                 "--sync-fetch fetches what is missing and nothing else: leave out --prefetch on"
             )
-        if not 1 <= self.max_sequences <= MOST_SEQUENCES:
+        if self.max_sequences is not None and not 1 <= self.max_sequences <= MOST_SEQUENCES:
             raise ConfigError(f"--max-sequences must be 1 to {MOST_SEQUENCES}, not {self.max_sequences}")
+        if self.max_queue < 0:
+            raise ConfigError(f"--max-queue must be at least 0, not {self.max_queue}")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"--max-context must be at least 2, not {self.max_context}")
         if isinstance(self.slots, int) and self.slots < 1:

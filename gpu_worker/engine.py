@@ -65,7 +65,8 @@ class Engine:
     """Runs steps; knows the places of the pools that are free."""
 
     launches_only = False  # whether decode returns while the device is still at it
-    # Of the last decode, where it is computed together with the logits: see `Sampler.choose`.
+    # Of the last decode, a row for each sequence: see `Sampler.choose`. For all at once it costs what it does
+    # for one.
     best: Tensor | None = None
 
     def __init__(self, model: NemotronH, pools: StatePools, experts: CachedExperts) -> None:
@@ -103,7 +104,9 @@ class Engine:
         context = min(-(-longest // _CONTEXT_STEP) * _CONTEXT_STEP, self.max_context)
         device = self.pools.lengths.device
         ids, rows = torch.tensor(tokens, device=device), torch.tensor(places, device=device)
-        return self.logits(self.model.decode(ids, rows, self.pools, context))
+        logits = self.logits(self.model.decode(ids, rows, self.pools, context))
+        self.best = _best(logits)
+        return logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (rows, hidden_size) to logits (rows, vocab_size) float32."""
@@ -117,3 +120,9 @@ class Engine:
         assert sorted(self._free_places) == list(range(self.pools.sequences)), "a place is lost"
         assert not any(self._lengths), "a free place has a length"
         self.experts.check_integrity()
+
+
+def _best(logits: Tensor) -> Tensor:
+    """logits (b, vocab) to the most probable tokens and their log-probabilities (b, 2) float64."""
+    tokens = logits.argmax(-1, keepdim=True)
+    return torch.cat([tokens.double(), logits.log_softmax(-1).gather(1, tokens).double()], dim=1)

@@ -1,9 +1,10 @@
-"""Jobs: what one request makes the engine do, one step at a time, from admission to its one ending.
+"""Jobs: what one request makes of the engine's steps, from admission to its one ending.
 
-    WAITING --begin--> RUNNING --step ... step--> ENDED (finished, failed or cancelled)
+    WAITING --begin--> PREFILL --prefill ... prefill--> DECODE --accept ... accept--> end
 
-A `Generation` is a sequence in progress; a `Scoring` reads a text. Both are stepped by the scheduler's
-thread and speak through `emit`, which hands protocol messages to the event loop.
+A `Generation` is a sequence in progress; a `Scoring` reads a text, which is all prefill. Both are driven by
+the scheduler's thread, and speak through `emit`, which hands protocol messages to the event loop. Not done
+here: which jobs take part in a step, and decoding, which is one step for many of them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import torch
 from torch import Tensor
 
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, ServingError
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.engine import Engine
 from gpu_worker.model.part_times import PartTimes
@@ -29,6 +31,12 @@ from gpu_worker.tokenizer import Tokenizer
 Emit = Callable[[Any], None]
 
 _LOGIT_ROWS = 128  # scored at a time: logits of a whole chunk take more memory than all the chunk's blocks
+
+
+class NotFinite(ServingError):
+    """A sequence's logits are no numbers: of a model or a prompt gone wrong, and of no other sequence."""
+
+    status = grpc.StatusCode.INTERNAL
 
 
 def check_tokens(ids: Sequence[int], vocab_size: int, longest: int) -> None:
@@ -65,18 +73,19 @@ class Job:
     def end(self, engine: Engine) -> None:
         engine.give_place(self.place)
 
-    def step(self, engine: Engine) -> bool:
-        """Do one step; True when nothing is left to do."""
+    def prefill(self, engine: Engine) -> bool:
+        """Read one chunk; True when nothing is left to do."""
         raise NotImplementedError
 
     def counters(self, engine: Engine) -> tuple[pb.CacheCounters, pb.PartSeconds]:
-        """What the cache did for this request, and where the model's time went."""
+        """What the cache did, and where the model's time went, since `begin`: for whatever ran meanwhile."""
         cache = engine.experts.counters.since(self._counted)
         return cache_message(cache), parts_message(engine.model.times.since(self._timed), cache)
 
 
 class Generation(Job):
-    """One sequence: its prompt enters chunk by chunk, then one token a step until a reason to finish."""
+    """One sequence: its prompt enters chunk by chunk, then each step's logits become a token, until a reason
+    to finish. The step after a token may be launched before `stream_chosen` tells it."""
 
     def __init__(
         self,
@@ -97,42 +106,42 @@ class Generation(Job):
         self._fed = 0
         self._prefilled = 0.0
 
-    def step(self, engine: Engine) -> bool:
-        if self._fed < len(self.prompt):
-            chunk = self.prompt[self._fed : self._fed + engine.prefill_chunk]
-            hidden = engine.prefill(self.place, chunk)
-            self._fed += len(chunk)
-            if self._fed < len(self.prompt):
-                return False
-            logits, best = engine.logits(hidden[-1:])[0], None
-            self._prefilled = time.monotonic()
-        else:
-            logits = engine.decode([self.place], [self.output[-1]])[0]
-            best = None if engine.best is None else engine.best[0]
-            self._stream_last()  # while the device is at it
-        reason = self._accept(engine, logits, best)
-        if reason is None:
+    @property
+    def prompt_read(self) -> bool:
+        return self._fed == len(self.prompt)
+
+    def prefill(self, engine: Engine) -> bool:
+        chunk = self.prompt[self._fed : self._fed + engine.prefill_chunk]
+        hidden = engine.prefill(self.place, chunk)
+        self._fed += len(chunk)
+        if not self.prompt_read:
             return False
-        self._finish(reason, engine)
-        return True
+        logits = engine.logits(hidden[-1:])[0]
+        self._prefilled = time.monotonic()
+        return self.accept(engine, logits, None)
 
-    def _accept(self, engine: Engine, logits: Tensor, best: Tensor | None) -> str | None:
-        """Choose a token and stream it; the reason to finish, if there is one now.
+    def accept(self, engine: Engine, logits: Tensor, best: Tensor | None) -> bool:
+        """Choose the next token from logits (vocab,), and stream it; True when it was the last.
 
-        Streaming may wait for the next step to be launched, where nothing about it can end the sequence.
+        `best` as in `Sampler.choose`. Raises NotFinite. Streaming may wait for the next step to be launched,
+        where nothing about it can end the sequence.
         """
-        self._chosen = choice = self._sampler.choose(logits, best)
+        try:
+            self._chosen = choice = self._sampler.choose(logits, best)
+        except FloatingPointError as error:
+            raise NotFinite(str(error)) from error
         self.output.append(choice.token)
         full = len(self.prompt) + len(self.output) > engine.max_context
         ended = choice.token in self._eos
         last = ended or full or len(self.output) >= self.params.max_new_tokens
         if engine.launches_only and not last and not self.params.stop:
-            return None
-        if self._stream_last():
-            return "stop"
-        return ("eos" if ended else "length") if last else None
+            return False
+        stopped = self.stream_chosen()
+        if stopped or last:
+            self._finish("stop" if stopped else "eos" if ended else "length", engine)
+        return stopped or last
 
-    def _stream_last(self) -> bool:
+    def stream_chosen(self) -> bool:
         """Stream the token chosen last, unless that was done; whether its text completes a stop string."""
         choice, self._chosen = self._chosen, None
         if choice is None:
@@ -162,8 +171,8 @@ class Generation(Job):
 class Scoring(Job):
     """Teacher-forced log-probabilities of a text, in windows that overlap by window - stride tokens.
 
-    Every token after the first is scored once, in the window where it has the most context; a step is one
-    chunk of one window.
+    Every token after the first is scored once, in the window where it has the most context; a chunk is of one
+    window.
     """
 
     def __init__(self, tokens: Sequence[int], window: int, stride: int, emit: Emit) -> None:
@@ -175,7 +184,7 @@ class Scoring(Job):
         self._scored = 1  # tokens whose log-probability is known; the first has none
         emit(pb.ScoreEvent(start=pb.ScoreStart(tokens=self.tokens)))
 
-    def step(self, engine: Engine) -> bool:
+    def prefill(self, engine: Engine) -> bool:
         end = min(self._start + self.window, len(self.tokens))
         first = self._start + self._fed
         chunk = self.tokens[first : min(first + engine.prefill_chunk, end)]

@@ -32,6 +32,7 @@ from gpu_worker.sizing import (
     dense_bits_hint,
     resolve_device,
     resolve_dtype,
+    resolve_sequences,
 )
 from gpu_worker.slots.direct import DirectExperts
 from gpu_worker.slots.fetch import Fetcher
@@ -79,12 +80,12 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     model = checkpoint.config
     check_expert_bits(config.expert_bits, checkpoint.layout)
     memory = _device_memory(device)
-    sizes = Sizes(
-        model, checkpoint.dense_stored, checkpoint.layout.stride, dtype, config.max_sequences, memory
-    )
+    sequences = resolve_sequences(config, model, device, dtype)
+    sizes = Sizes(model, checkpoint.dense_stored, checkpoint.layout.stride, dtype, sequences, memory)
     account = _account(config, sizes)
     weights = build_weights(_dense(checkpoint, config.dense_bits), model, dtype, device)
-    pools = StatePools(model, config.max_sequences, account.context, dtype, device)
+    pools = StatePools(model, sequences, account.context, dtype, device)
+    log.info("%d sequences at a time, of up to %d tokens", sequences, account.context)
     fetcher = Fetcher(link)
     kernels = f", {native.path()} kernels" if device.type == "cpu" else ""
     log.info("on %s in %s%s; dense weights %s", device, dtype, kernels, format_bytes(weights.nbytes))

@@ -78,6 +78,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         self._scheduler = Scheduler(
             self._model.engine,
+            self.config.max_queue,
             on_fatal=lambda error: loop.call_soon_threadsafe(partial(self.fail, error)),
             budget=self._model.account.budget,
         )

@@ -112,15 +112,17 @@ class GenerationService(GpuWorkerServicer):
     async def Stats(self, request: pb.WorkerStatsRequest, context: Context) -> pb.WorkerStats:
         worker, scheduler = self.worker, self.scheduler
         experts = self.model.engine.experts
+        # On a GPU they are the device's, and reading them waits for the step that it is at.
+        counters, ahead = await asyncio.to_thread(lambda: (experts.counters.copy(), experts.hints.counters))
         return pb.WorkerStats(
             slots_per_layer=experts.slots,
             slots_pinned=experts.pinned,
             slot_bytes=experts.nbytes,
             policy=experts.describe(),
             prefetch=experts.hints.describe(),
-            cache=cache_message(experts.counters),
-            hints_sent=experts.hints.counters.sent,
-            hints_useful=experts.hints.counters.useful,
+            cache=cache_message(counters),
+            hints_sent=ahead.sent,
+            hints_useful=ahead.useful,
             requests=self.requests,
             requests_failed=scheduler.failed,
             prompt_tokens=self.prompt_tokens,
@@ -129,7 +131,7 @@ class GenerationService(GpuWorkerServicer):
             waiting=scheduler.waiting,
             store="attached" if worker.link.attachment else "lost",
             uptime_seconds=time.monotonic() - worker.started,
-            parts=parts_message(self.model.engine.model.times, experts.counters),
+            parts=parts_message(self.model.engine.model.times, counters),
             **self._vram(),
         )
 

@@ -56,8 +56,7 @@ def resolve_sequences(
     longest = model.max_position_embeddings
     context = min(config.max_context or longest, longest)
     one = StatePools(model, 1, context, dtype, "meta").nbytes
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(max(int(memory * SEQUENCES_SHARE) // one, 1), SEQUENCES)
+    return min(max(int(_memory() * SEQUENCES_SHARE) // one, 1), SEQUENCES)
 
 
 def check_expert_bits(wanted: int | None, layouts: RecordLayouts) -> None:
@@ -189,6 +188,11 @@ class _Chooser:
             savings.append(f"--dense-bits 5 would need {_up(self._needed(context, 5, slots))}")
         what = "" if self.asked is None else f", for {self.asked} slots"
         return "; ".join([refused, smallest + what, *savings])
+
+
+def _memory() -> int:
+    """Bytes of RAM that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _clamped(tokens: int, least: int, longest: int) -> int:

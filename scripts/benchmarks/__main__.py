@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import clients
 import codec
 import errors
 import five_blocks
@@ -32,6 +33,7 @@ GROUPS: dict[str, Callable[[], Iterator[Any]]] = {
     "kernels": kernels.benchmark,
     "round-trip": round_trip.benchmark,
     "five-blocks": five_blocks.benchmark,
+    "clients": clients.benchmark,
 }
 FULL = "full"
 

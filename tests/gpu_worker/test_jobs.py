@@ -1,77 +1,63 @@
-"""What a generation streams: the same where the engine only launches a step as where it waits for it."""
+"""What generations stream: the same where the engine only launches a step as where it waits for it."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from common.checkpoint import open_checkpoint
-from common.checkpoint.packed_writer import pack
-from common.checkpoint.plan import make_plan
-from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.engine import Engine
-from gpu_worker.jobs import Generation
-from gpu_worker.sampling import SamplingParams
 from tests.helpers.engines import full_arena, load
-from tests.helpers.models import make_hf_model
+from tests.helpers.models import make_hf_model, pack_model
+from tests.helpers.scheduling import serving
 
 PROMPT = [5, 3, 80, 2]
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    model = make_hf_model(tmp_path_factory.mktemp("model") / "hf")
-    checkpoint = open_checkpoint(model)
-    plan = make_plan(checkpoint, 5, None)
-    with full_arena(pack(checkpoint, model.with_name("packed"), plan, lambda done, total: None)) as link:
-        yield load(link).engine
-
-
-class Decodes:
-    """Notes in what order steps are decoded and tokens streamed."""
-
-    def __init__(self, engine: Engine, launches_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.events: list[Any] = []
-        decode = engine.decode
-
-        def noted(*args: Any) -> Any:
-            self.events.append("decode")
-            return decode(*args)
-
-        monkeypatch.setattr(engine, "decode", noted)
-        monkeypatch.setattr(engine, "launches_only", launches_only)
-
-    def run(self, engine: Engine, **sampling: Any) -> list[int]:
-        job = Generation(PROMPT, SamplingParams(**sampling), (), None, self.events.append)
-        job.begin(engine)
-        while not job.step(engine):
-            pass
-        job.end(engine)
-        return job.output
-
-
-def kinds(events: list[Any]) -> str:
-    """d: a step was launched, t: a token streamed, f: the end."""
-    return "".join("d" if e == "decode" else "f" if e.HasField("finish") else "t" for e in events)
+    directory = tmp_path_factory.mktemp("model")
+    with full_arena(pack_model(make_hf_model(directory / "hf"), directory / "packed")) as link:
+        yield load(link, max_sequences=2).engine
 
 
 def test_a_token_is_streamed_while_the_next_is_computed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs, streamed = [], []
-    for launches_only, order in ((False, "tdtdtdtf"), (True, "dtdtdttf")):
-        with monkeypatch.context() as patch:
-            noted = Decodes(engine, launches_only, patch)
-            outputs.append(noted.run(engine, max_new_tokens=4))
-        assert kinds(noted.events) == order
-        deltas = [event for event in noted.events if isinstance(event, pb.GenerateEvent)]
-        streamed.append([token.id for event in deltas for token in event.delta.tokens])
-    assert outputs[0] == outputs[1] == streamed[0] == streamed[1]
+    answers = []
+    for launches_only, order in (
+        (False, "p:a t:a d:a t:a d:a t:a d:a t:a f:a"),
+        (True, "p:a d:a t:a d:a t:a d:a t:a t:a f:a"),
+    ):
+        with serving(engine, monkeypatch) as served:
+            monkeypatch.setattr(engine, "launches_only", launches_only)
+            request = served.generate("a", PROMPT, max_new_tokens=4)
+            served.scheduler.start()
+            answers.append(request.tokens())
+        assert " ".join(served.events) == order
+        assert answers[-1] == request.job.output
+    assert answers[0] == answers[1]
+
+
+def test_tokens_of_a_batch_are_streamed_while_the_next_are_computed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all its sequences, but before a chunk of another's prompt, which takes longer than a step."""
+    monkeypatch.setattr(engine, "launches_only", True)
+    monkeypatch.setattr(engine, "prefill_chunk", 3)
+    with serving(engine, monkeypatch) as served:
+        a, b = served.generate("a", [1], max_new_tokens=5), served.generate("b", PROMPT, max_new_tokens=3)
+        served.scheduler.start()
+        for request, count in ((a, 5), (b, 3)):
+            assert len(request.tokens()) == count
+    joined = "p:a d:a t:a t:a p:b d:a t:a p:b d:ab t:b d:ab t:a t:b t:a f:a t:b f:b"
+    assert " ".join(served.events) == joined
 
 
 def test_a_stop_string_is_looked_for_before_the_next_step(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noted = Decodes(engine, True, monkeypatch)
-    noted.run(engine, max_new_tokens=3, stop=("never",))
-    assert kinds(noted.events) == "tdtdtf"
+    monkeypatch.setattr(engine, "launches_only", True)
+    with serving(engine, monkeypatch) as served:
+        request = served.generate("a", PROMPT, max_new_tokens=3, stop=("never",))
+        served.scheduler.start()
+        assert len(request.tokens()) == 3
+    assert " ".join(served.events) == "p:a t:a d:a t:a d:a t:a f:a"

@@ -1,110 +1,242 @@
-"""The scheduler: every submitted job gets exactly one ending, whatever happens to it."""
+"""The scheduler over a real engine: who takes part in which step, and one ending for every job.
+
+What a request answers does not depend on what else runs, and neither does its failure.
+"""
+
+from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from common.errors import Exhausted, Unavailable
-from gpu_worker import scheduler as scheduler_module
+from common.errors import Exhausted, ServingError, Unavailable
 from gpu_worker.device_errors import DeviceFailed
-from gpu_worker.jobs import Job
-from gpu_worker.scheduler import Scheduler
+from gpu_worker.engine import Engine
+from gpu_worker.jobs import NotFinite
+from tests.helpers.engines import full_arena, load
+from tests.helpers.models import make_hf_model, pack_model
+from tests.helpers.scheduling import Request, Served, serving
+
+PLACES, CHUNK = 3, 16
 
 
-class Places:
-    """As much of an engine as jobs need to begin and end."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-        self.experts = self
-        self.counters = self.model = self.times = self
-
-    def copy(self) -> None:
-        """Of counters and times nobody reads."""
-
-    def take_place(self) -> int:
-        self.taken += 1
-        return 0
-
-    def give_place(self, place: int) -> None:
-        self.taken -= 1
-
-    def check_integrity(self) -> None:
-        assert self.taken == 0
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    return [(7 * i * i + 3 * i + 11 * seed) % 96 for i in range(tokens)]
 
 
-class Steps(Job):
-    """A job of some steps, which may wait for the test or raise."""
+# Prompts of one to five chunks, all ways of sampling.
+REQUESTS: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "a": (prompt(70), {"max_new_tokens": 20}),
+    "b": (prompt(1, 5), {"max_new_tokens": 12}),
+    "c": (prompt(16, 1), {"max_new_tokens": 25, "temperature": 1.0, "seed": 3}),
+    "e": (prompt(33, 2), {"max_new_tokens": 9, "repetition_penalty": 1.3, "logprobs": 2}),
+    "f": (prompt(5, 3), {"max_new_tokens": 30, "temperature": 0.7, "top_p": 0.9, "seed": 4}),
+    "g": (prompt(50, 4), {"max_new_tokens": 2}),
+}
 
-    def __init__(self, steps: int = 1, error: BaseException | None = None) -> None:
-        super().__init__(emit=print)
-        self.left, self.error = steps, error
-        self.stepping, self.gate = threading.Event(), threading.Event()
-        self.endings: list[BaseException | None] = []
-        self.ended = threading.Event()
 
-    def step(self, engine: object) -> bool:
-        self.stepping.set()
-        assert self.gate.wait(30)
-        if self.error is not None:
-            raise self.error
-        self.left -= 1
-        return self.left == 0
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    directory = tmp_path_factory.mktemp("model")
+    checkpoint = pack_model(make_hf_model(directory / "hf"), directory / "packed")
+    with full_arena(checkpoint) as link:
+        engine = load(link, max_sequences=PLACES, slots=4).engine
+        engine.prefill_chunk = CHUNK
+        yield engine
 
-    def on_end(self, error: BaseException | None) -> None:
-        self.endings.append(error)
-        self.ended.set()
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine) -> dict[str, list[int]]:
+    """The answers to REQUESTS, one after the other."""
+    with pytest.MonkeyPatch.context() as patch, serving(engine, patch) as served:
+        served.scheduler.start()
+        return {name: ask(served, name).tokens() for name in REQUESTS}
 
 
 @pytest.fixture
-def fatal() -> list[BaseException]:
-    return []
+def served(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    with serving(engine, monkeypatch) as served:
+        yield served
+        assert served.fatal == []
+    engine.check_integrity()
 
 
-@pytest.fixture
-def scheduler(fatal: list[BaseException]):
-    scheduler = Scheduler(Places(), fatal.append)  # type: ignore[arg-type]
-    scheduler.start()
-    yield scheduler
-    assert scheduler.stop(30)
+def ask(served: Served, name: str) -> Request:
+    tokens, sampling = REQUESTS[name]
+    return served.generate(name, tokens, **sampling)
 
 
-def submit(scheduler: Scheduler, job: Steps, run: bool = True) -> Steps:
-    scheduler.submit(job, job.on_end)
-    if run:
-        job.gate.set()
-    return job
+def short(served: Served, name: str, tokens: int = 8) -> Request:
+    return served.generate(name, [1, 2], max_new_tokens=tokens)
 
 
-def test_first_come_first_served(scheduler: Scheduler) -> None:
-    jobs = [submit(scheduler, Steps(3)) for _ in range(4)]
-    for job in jobs:
-        assert job.ended.wait(30)
-    assert [job.endings for job in jobs] == [[None]] * 4
+def fail_once(error: BaseException, monkeypatch: pytest.MonkeyPatch, engine: Engine) -> Callable[[], None]:
+    """Has the experts of the next step's second layer fail."""
+    compute = engine.experts.compute
+
+    def broken(layer: int, *args: Any) -> torch.Tensor:
+        if layer == 1:
+            monkeypatch.setattr(engine.experts, "compute", compute)
+            raise error
+        return compute(layer, *args)
+
+    return lambda: monkeypatch.setattr(engine.experts, "compute", broken)
 
 
-def test_a_failed_job_fails_alone(scheduler: Scheduler, fatal: list[BaseException]) -> None:
+def test_together_and_alone_give_the_same_tokens(served: Served, alone: dict[str, list[int]]) -> None:
+    """Twice as many requests as places, joining at different times."""
+    joining = {4: "e", 9: "f", 11: "g"}
+    served.at = {step: lambda name=name: ask(served, name) for step, name in joining.items()}
+    for name in "abc":
+        ask(served, name)
+    served.scheduler.start()
+    served.wait_for(len(REQUESTS))
+    assert {request.name: request.tokens() for request in served.requests} == alone
+    assert {"d:abc", "d:ace", "d:acf", "d:fg"} <= set(served.steps)
+    assert (served.scheduler.running, served.scheduler.waiting, served.scheduler.failed) == (0, 0, 0)
+
+
+def test_first_come_first_served(served: Served) -> None:
+    for name in "abcefg":
+        short(served, name, 3)
+    served.scheduler.start()
+    served.wait_for(6)
+    prefills = [step for step in served.steps if step.startswith("p")]
+    assert prefills == ["p:a", "p:b", "p:c", "p:e", "p:f", "p:g"]
+
+
+def test_a_long_prompt_delays_nobody_by_more_than_a_chunk(served: Served) -> None:
+    short(served, "a")
+    short(served, "b")
+    served.at[4] = lambda: served.generate("l", prompt(4 * CHUNK + 1), max_new_tokens=3)
+    served.scheduler.start()
+    served.wait_for(3)
+    steps = "p:a d:a p:b d:ab d:ab p:l d:ab p:l d:ab p:l d:ab p:l d:ab p:l d:bl d:l"
+    assert " ".join(served.steps) == steps
+
+
+def test_prompts_take_turns(served: Served) -> None:
+    """A short prompt is read long before a long one that was there first; nothing is decoded meanwhile."""
+    served.generate("l", prompt(4 * CHUNK), max_new_tokens=1)
+    served.generate("m", prompt(2 * CHUNK), max_new_tokens=1)
+    served.generate("s", prompt(CHUNK), max_new_tokens=1)
+    served.scheduler.start()
+    served.wait_for(3)
+    assert " ".join(served.steps) == "p:l p:m p:s p:l p:m p:l p:l"
+
+
+def test_a_text_is_scored_beside_generations(served: Served, alone: dict[str, list[int]]) -> None:
+    """Its windows are prompts; between two of them its place is as new, though all others are taken."""
+    tokens = prompt(60, 9)
+
+    def logprobs(request: Request) -> list[float]:
+        assert request.ending() is None
+        return [value for message in request.messages for value in message.piece.logprobs]
+
+    served.scheduler.start()
+    expected = logprobs(served.score("s", tokens, 24, 8))
+    served.at[len(served.steps)] = lambda: (served.score("s", tokens, 24, 8), ask(served, "c"))
+    ask(served, "f")
+    served.wait_for(4)
+    *_, scored, c = served.requests
+    assert logprobs(scored) == expected and len(expected) == 59
+    assert (c.tokens(), served.requests[1].tokens()) == (alone["c"], alone["f"])
+    assert "d:cf p:s d:cf" in " ".join(served.steps)
+
+
+def test_who_is_cancelled_leaves_and_the_others_answer_as_ever(
+    served: Served, alone: dict[str, list[int]]
+) -> None:
+    """Cancelled while it waits, while it decodes (during a chunk of another), while its prompt is read."""
+    a, b, c, e, f = (ask(served, name) for name in "abcef")
+    served.at = {3: e.cancel, 7: c.cancel, 8: a.cancel}
+    served.scheduler.start()
+    served.wait_for(5)
+    assert [request.ending() for request in (a, c, e)] == [None] * 3
+    assert (b.tokens(), f.tokens()) == (alone["b"], alone["f"])
+    assert c.job.output == alone["c"][:3] and not a.messages and not e.messages
+    begun = "p:a p:b d:b p:c d:bc p:a d:bc p:a d:b p:f d:bf"
+    assert " ".join(served.steps[:11]) == begun
+
+
+def test_a_step_that_fails_ends_those_who_took_part(
+    served: Served, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of two, in the middle, while a third reads its prompt; their places are good after it."""
     gone = Unavailable("the store is gone")
-    failed, next_one = submit(scheduler, Steps(error=gone)), submit(scheduler, Steps())
-    assert next_one.ended.wait(30)
-    assert (failed.endings, next_one.endings, fatal) == ([gone], [None], [])
-    assert scheduler.failed == 1
+    b, c, a = (ask(served, name) for name in "bca")
+    served.at[7] = fail_once(gone, monkeypatch, served.engine)
+    served.scheduler.start()
+    served.wait_for(3)
+    assert served.steps[7] == "d:bc" and served.steps[6] == "p:a"
+    assert (b.ending(), c.ending()) == (gone, gone)
+    assert a.tokens() == alone["a"]
+    assert served.scheduler.failed == 2
+    again = [ask(served, name) for name in "bc"]
+    assert [request.tokens() for request in again] == [alone["b"], alone["c"]]
+
+
+def test_a_chunk_that_fails_ends_its_prompt_alone(
+    served: Served, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = Unavailable("the store is gone")
+    b, c, a = (ask(served, name) for name in "bca")
+    served.at[6] = fail_once(gone, monkeypatch, served.engine)
+    served.scheduler.start()
+    served.wait_for(3)
+    assert served.steps[6] == "p:a" and a.ending() is gone
+    assert (b.tokens(), c.tokens()) == (alone["b"], alone["c"])
+    assert served.scheduler.failed == 1
+
+
+def test_logits_that_are_not_finite_fail_their_sequence_alone(
+    served: Served, alone: dict[str, list[int]]
+) -> None:
+    def poison() -> None:
+        served.engine.pools.ssm[:, b.job.place] = torch.nan
+
+    b, c = ask(served, "b"), ask(served, "c")
+    served.at[5] = poison
+    served.scheduler.start()
+    served.wait_for(2)
+    assert served.steps[5] == "d:bc"
+    assert isinstance(b.ending(), NotFinite) and isinstance(b.ending(), ServingError)
+    assert c.tokens() == alone["c"]
+    again = [ask(served, name) for name in "bfe"]  # at all the places
+    assert [request.tokens() for request in again] == [alone[name] for name in "bfe"]
 
 
 def test_a_broken_invariant_ends_everything_and_everyone_is_told(
-    scheduler: Scheduler, fatal: list[BaseException]
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = AssertionError("a slot is lost")
-    first, waiting = submit(scheduler, Steps(error=broken), run=False), submit(scheduler, Steps())
-    first.gate.set()
-    assert waiting.ended.wait(30)
-    assert first.endings == [broken]
-    assert fatal == [broken]
-    assert isinstance(waiting.endings[0], Unavailable)
-    with pytest.raises(Unavailable, match="stopping"):
-        submit(scheduler, Steps())
+    with serving(engine, monkeypatch) as served:
+        running, waiting = [short(served, name) for name in "abc"], [short(served, name) for name in "ef"]
+        served.at[3] = fail_once(broken, monkeypatch, engine)
+        served.scheduler.start()
+        assert [request.ending() for request in running] == [broken] * 3
+        assert all(isinstance(request.ending(), Unavailable) for request in waiting)
+        assert served.scheduler.stop(30) and served.fatal == [broken]
+        with pytest.raises(Unavailable, match="stopping"):
+            short(served, "g")
+    give_back(engine)
+
+
+def test_a_place_that_is_lost_is_missed_when_the_last_has_ended(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(engine, monkeypatch) as served:
+        served.at[2] = lambda: engine._free_places.remove(2)
+        a, b = short(served, "a", 4), short(served, "b", 6)
+        served.scheduler.start()
+        assert a.ending() is None
+        assert isinstance(b.ending(), AssertionError) and "a place is lost" in str(b.ending())
+        assert served.scheduler.stop(30) and len(served.fatal) == 1
+    give_back(engine)
 
 
 @pytest.mark.parametrize(
@@ -115,46 +247,61 @@ def test_a_broken_invariant_ends_everything_and_everyone_is_told(
     ],
 )
 def test_a_failed_device_ends_everything_in_one_line(
-    fatal: list[BaseException], error: Exception, names: str, caplog: pytest.LogCaptureFixture
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    names: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    scheduler = Scheduler(Places(), fatal.append, budget=7_600_000_000)  # type: ignore[arg-type]
-    scheduler.start()
-    with caplog.at_level(logging.INFO):
-        first, waiting = submit(scheduler, Steps(error=error), run=False), submit(scheduler, Steps())
-        first.gate.set()
-        assert waiting.ended.wait(30)
-        assert scheduler.stop(30)
-    (failure,) = fatal
-    assert isinstance(failure, DeviceFailed) and names in str(failure)
-    assert first.endings == [failure]
-    assert isinstance(waiting.endings[0], Unavailable)
+    with serving(engine, monkeypatch, budget=7_600_000_000) as served, caplog.at_level(logging.INFO):
+        running, waiting = [short(served, name) for name in "abc"], short(served, "e")
+        served.at[3] = fail_once(error, monkeypatch, engine)
+        served.scheduler.start()
+        assert isinstance(waiting.ending(), Unavailable)
+        assert served.scheduler.stop(30)
+        (failure,) = served.fatal
+        assert isinstance(failure, DeviceFailed) and names in str(failure)
+        assert [request.ending() for request in running] == [failure] * 3
     assert [(record.getMessage(), record.exc_info) for record in caplog.records] == [(str(failure), None)]
+    give_back(engine)
 
 
-def test_stopping_ends_what_runs_and_what_waits(scheduler: Scheduler) -> None:
-    running, waiting = submit(scheduler, Steps(1000), run=False), submit(scheduler, Steps())
-    assert running.stepping.wait(30)
-    stopper = threading.Thread(target=scheduler.stop, args=(30,))
-    stopper.start()
-    running.gate.set()
-    stopper.join(30)
-    for job in (running, waiting):
-        assert len(job.endings) == 1
-        assert isinstance(job.endings[0], Unavailable)
+def test_stopping_ends_what_runs_and_what_waits(served: Served) -> None:
+    requests = [served.generate(name, prompt(40), max_new_tokens=400) for name in "abce"]
+    served.at[20] = threading.Thread(target=served.scheduler.stop, args=(30,)).start
+    served.scheduler.start()
+    served.wait_for(4)
+    assert all(isinstance(request.ending(), Unavailable) for request in requests)
+    assert served.scheduler.stop(30)
 
 
 def test_a_full_queue_refuses_and_who_gave_up_makes_room(
-    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "MAX_WAITING", 2)
-    running = submit(scheduler, Steps(), run=False)
-    assert running.stepping.wait(30)
-    waiting = [submit(scheduler, Steps()) for _ in range(2)]
-    with pytest.raises(Exhausted, match="2 requests are waiting"):
-        submit(scheduler, Steps())
-    waiting[0].cancelled = True
-    late = submit(scheduler, Steps())
-    running.gate.set()
-    assert late.ended.wait(30)
-    assert [job.endings for job in (*waiting, late)] == [[None]] * 3
-    assert waiting[0].left == 1  # it never ran
+    """Whoever finds a place does not count, even if the step in progress has to end first."""
+    refused: list[str] = []
+
+    def arrive() -> None:
+        for name in "bcefgh":
+            try:
+                short(served, name)
+            except Exhausted as error:
+                refused.append(f"{name}: {error}")
+        served.requests[3].cancel()
+        short(served, "i")
+
+    with serving(engine, monkeypatch, max_queue=2) as served:
+        served.at[2] = arrive
+        short(served, "a")
+        served.scheduler.start()
+        served.wait_for(6)
+        assert refused == [f"{name}: 2 requests are waiting already; try again later" for name in "gh"]
+        assert not served.requests[3].messages  # it never ran
+
+
+def give_back(engine: Engine) -> None:
+    """After a scheduler that left the engine as it was."""
+    taken = set(range(PLACES)) - set(engine._free_places)
+    for place in taken:
+        engine.give_place(place)
+    engine.check_integrity()

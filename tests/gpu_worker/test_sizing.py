@@ -17,7 +17,7 @@ from common.model_config import ModelConfig
 from common.record import ExpertBits, record_layouts
 from common.units import parse_size
 from expert_store.synth.shapes import NEMOTRON_30B, config_json
-from gpu_worker import loading
+from gpu_worker import loading, sizing
 from gpu_worker.account import Account, Sizes
 from gpu_worker.config import AUTO, DIRECT, WorkerConfig
 from gpu_worker.sizing import (
@@ -26,6 +26,7 @@ from gpu_worker.sizing import (
     check_expert_bits,
     choose_account,
     dense_bits_hint,
+    resolve_sequences,
 )
 from tests.helpers.engines import NOWHERE
 from tests.helpers.fake_cuda import FakeCuda
@@ -53,7 +54,8 @@ class Device:
         """`stored_bits`: of dense matrices."""
         memory = self.cuda.replace(self.monkeypatch)
         stored = stored_weights(MODEL, stored_bits)
-        return Sizes(MODEL, stored, LAYOUTS.stride, torch.bfloat16, config.max_sequences, memory)
+        sequences = resolve_sequences(config, MODEL, torch.device("cuda"), torch.bfloat16)
+        return Sizes(MODEL, stored, LAYOUTS.stride, torch.bfloat16, sequences, memory)
 
     def choose(self, stored_bits: int | None = 5, **options: Any) -> Account:
         config = configured(**options)
@@ -224,6 +226,20 @@ def test_a_cpu_computes_from_frames_unless_asked_otherwise() -> None:
         choose(vram=AUTO)
 
 
+def test_sequences_as_named_else_what_costs_no_slots_and_little_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sequences(device: str = "cpu", gigabytes: int = 64, **options: Any) -> int:
+        monkeypatch.setattr(sizing, "_memory", lambda: gigabytes * GB)
+        return resolve_sequences(configured(**options), MODEL, torch.device(device), torch.float32)
+
+    assert sequences("cuda", max_sequences=5) == sequences(max_sequences=5) == 5
+    assert sequences("cuda") == sequences(vram=8 * GB) == 1
+    # A sequence of the 30B's whole context takes 3.3 GB.
+    assert [sequences(gigabytes=size) for size in (8, 64, 100, 1000)] == [1, 2, 3, 8]
+    assert sequences(gigabytes=8, max_context=4096) == 8
+
+
 def test_frames_serve_no_gpu(device: Device) -> None:
     with pytest.raises(ConfigError, match="needs --device cpu"):
         device.choose(slots=DIRECT)
@@ -246,6 +262,7 @@ def test_other_experts_than_those_counted_on_are_refused() -> None:
         ({"vram": AUTO, "slots": 3}, "not both"),
         ({"max_sequences": 0}, "--max-sequences must be 1 to 16"),
         ({"max_sequences": 17}, "--max-sequences must be 1 to 16"),
+        ({"max_queue": -1}, "--max-queue must be at least 0"),
         ({"sync_fetch": True, "prefetch": "on"}, "--sync-fetch"),
     ],
 )
