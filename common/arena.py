@@ -16,6 +16,7 @@ what makes sure a staged frame is still there when the worker comes; the generat
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -40,6 +41,7 @@ _VERSION = 1
 _HEADER = struct.Struct("<8sII32sQQQQQ")
 _HEADER_BYTES = 4096
 _FRAME_ALIGNMENT = 2 << 20  # frames start on a huge page where the kernel has them
+_NO_MEMORY = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -161,19 +163,48 @@ class OwnedArena(Arena):
         Without this a full /dev/shm would kill the process by SIGBUS at the first touch.
         """
         for frame in frames:
-            if self._committed[frame]:
-                continue
-            offset = self.shape.frames_offset + frame * self.shape.stride
-            try:
-                os.posix_fallocate(self._file, offset, self.shape.stride)
-            except OSError as error:
-                raise Exhausted(
-                    f"no memory for arena frames ({error.strerror}); give a smaller --ram"
-                ) from None
-            address = self.frames.data_ptr() + frame * self.shape.stride
-            if _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(self.shape.stride)):
-                self.page_locked = False  # RLIMIT_MEMLOCK: works, but the kernel may swap frames out
-            self._committed[frame] = True
+            if not self._committed[frame]:
+                try:
+                    os.posix_fallocate(self._file, self._offset(frame), self.shape.stride)
+                except OSError as error:
+                    raise _no_memory(error) from None
+                self._lock(frame)
+
+    def has_memory(self, frames: list[int]) -> bool:
+        """Whether frames have been committed or received, so that they can be written to."""
+        return all(self._committed[frame] for frame in frames)
+
+    def receive(self, frames: list[int], file: int, position: int) -> bool:
+        """Fill frames, one after the other, from a file's `position` on; False if the file ends before.
+
+        For frames without memory, which get it as by `commit`, and for less: the kernel makes each page from
+        the bytes it receives, where otherwise it clears it first and maps it alone.
+        """
+        again = Path(f"/proc/self/fd/{self._file}")  # opened anew, the segment has a position for this call
+        with again.open("r+b", buffering=0) as segment:
+            for frame in frames:
+                segment.seek(self._offset(frame))
+                end = position + self.shape.stride
+                while position < end:
+                    try:
+                        count = os.sendfile(segment.fileno(), file, position, end - position)
+                    except OSError as error:
+                        raise (_no_memory(error) if error.errno in _NO_MEMORY else error) from None
+                    if count == 0:
+                        return False
+                    position += count
+                self._lock(frame)
+        return True
+
+    def _offset(self, frame: int) -> int:
+        return self.shape.frames_offset + frame * self.shape.stride
+
+    def _lock(self, frame: int) -> None:
+        """The frame has memory, every page of it."""
+        address = self.frames.data_ptr() + frame * self.shape.stride
+        if _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(self.shape.stride)):
+            self.page_locked = False  # RLIMIT_MEMLOCK: works, but the kernel may swap frames out
+        self._committed[frame] = True
 
     def publish(self, key: ExpertKey, entry: Entry) -> None:
         """Store one directory word; see the module's note on order."""
@@ -259,6 +290,10 @@ def reclaim_dead_segments() -> list[Path]:
         finally:
             os.close(file)
     return removed
+
+
+def _no_memory(error: OSError) -> Exhausted:
+    return Exhausted(f"no memory for arena frames ({error.strerror}); give a smaller --ram")
 
 
 def _segment_prefix() -> str:

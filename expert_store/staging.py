@@ -160,23 +160,29 @@ class Stager:
         return key.expert == self._checkpoint.config.n_routed_experts - 1
 
     def _read(self, run: Run) -> float:
-        """In a reader thread: one positioned read scattered over the run's frames; returns its seconds."""
+        """In a reader thread: fill the run's frames; returns the seconds that took."""
         started = time.monotonic()
-        self.frames.arena.commit(run.frames)
+        arena = self.frames.arena
         file, offset = self._files[run.layer]
-        views = [self._buffer[frame * self._stride : (frame + 1) * self._stride] for frame in run.frames]
-        position = offset + run.first * self._stride
+        fill = self._scatter if arena.has_memory(run.frames) else arena.receive
+        if not fill(run.frames, file, offset + run.first * self._stride):
+            path, _ = self._checkpoint.records_file(run.layer)
+            raise CheckpointError(f"{path} ends before expert {run.first} of layer {run.layer} does")
+        return time.monotonic() - started
+
+    def _scatter(self, frames: list[int], file: int, position: int) -> bool:
+        """One positioned read scattered over frames that have memory; False if the file ends early."""
+        views = [self._buffer[frame * self._stride : (frame + 1) * self._stride] for frame in frames]
         while views:
             count = os.preadv(file, views, position)
             if count == 0:
-                path, _ = self._checkpoint.records_file(run.layer)
-                raise CheckpointError(f"{path} ends before expert {run.first} of layer {run.layer} does")
+                return False
             position += count
             while views and count >= len(views[0]):
                 count -= len(views.pop(0))
             if views:
                 views[0] = views[0][count:]
-        return time.monotonic() - started
+        return True
 
     def _finish(self, run: Run, done: asyncio.Future[float]) -> None:
         self._reading -= 1

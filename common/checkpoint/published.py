@@ -18,9 +18,13 @@ from common.checkpoint.values import are_norms
 from common.errors import CheckpointError
 from common.hlwq.codebook import published_codebook
 from common.hlwq.matrix import PackedMatrix
-from common.hlwq.planes import BLOCK, PLANE_WIDTHS, pack_planes, padded
+from common.hlwq.planes import BLOCK, empty_planes, pack_planes, padded
 
-_CODES_AT_ONCE = 1 << 20  # keeps the intermediates of unpacking in the last-level cache
+_CODES_AT_ONCE = 1 << 23  # an expert's matrix at once; of larger ones no more is held one code a byte
+
+# Few enough for PyTorch not to share them among its threads: for milliseconds after such work
+# they still spin on cores that the native kernels need.
+_NORMS_AT_ONCE = 1 << 14
 
 
 class PublishedMatrix:
@@ -57,28 +61,22 @@ class PublishedMatrix:
         bits = bits or self.bits
         assert bits >= self.bits, "codes cannot be carried over to fewer bits"
         self._check_meta()
-        return PackedMatrix(bits, self.form.shape[1], self._planes(bits), self._norms(), self._codebook(bits))
+        norms, codebook = self._norms(), self._codebook(bits)
+        return PackedMatrix(bits, self.form.shape[1], self._planes(bits), norms, codebook)
 
     def decode(self) -> Tensor:
-        """The matrix in bfloat16, computed some rows at a time."""
-        matrix = self.read()
-        weights = torch.empty(self.form.shape, dtype=torch.bfloat16)
-        for rows in self._row_slices():
-            weights[rows] = matrix.rows(rows).decode(torch.bfloat16)
-        return weights
+        """The matrix in bfloat16."""
+        return self.read().decode(torch.bfloat16)
 
     def _planes(self, bits: int) -> tuple[Tensor, ...]:
-        rows, columns = self.form.shape[0], padded(self.form.shape[1])
-        widths = PLANE_WIDTHS[bits]
-        planes = tuple(torch.empty(rows, columns * width // 8, dtype=torch.uint8) for width in widths)
+        planes = empty_planes(self.form.shape[0], padded(self.form.shape[1]), bits)
         for some in self._row_slices():
             codes = self._unpack(self._stored(some))
             if self.bits < self.form.width and int(codes.max()) >= 1 << self.bits:
                 raise self.form.codes.refusal(
                     f"holds code {int(codes.max())}, out of range for codes of {self.bits} bits"
                 )
-            for plane, part in zip(planes, pack_planes(codes, bits), strict=True):
-                plane[some] = part
+            pack_planes(codes, bits, out=tuple(plane[some] for plane in planes))
         return planes
 
     def _stored(self, rows: slice) -> Tensor:
@@ -100,7 +98,7 @@ class PublishedMatrix:
 
     def _norms(self) -> Tensor:
         norms = self.form.norms.tensor().view(self.form.shape[0], -1)
-        if not are_norms(norms):
+        if not all(are_norms(some) for some in norms.view(-1).split(_NORMS_AT_ONCE)):
             raise self.form.norms.refusal("holds norms that are negative or not finite")
         return norms
 

@@ -66,6 +66,8 @@ def stored_codebook(values: Tensor, scaled: bool) -> Tensor:
 def extended(codebook: Tensor, bits: int) -> Tensor:
     """`codebook` with entries after its last that no code uses, ascending and finite, for wider planes."""
     missing = (1 << bits) - codebook.numel()
+    if not missing:
+        return codebook
     last = codebook[-1].double()
     step = last.abs().clamp(min=1) / 1024
     after = (last + step * torch.arange(1, missing + 1)).float()

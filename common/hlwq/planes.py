@@ -34,20 +34,35 @@ def padded(columns: int) -> int:
     return -(-columns // BLOCK) * BLOCK
 
 
-def pack_planes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
-    """Codes (rows, columns) uint8, columns a multiple of 128 -> planes (rows, columns * width / 8) uint8."""
+def pack_planes(codes: Tensor, bits: int, out: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+    """Codes (rows, columns) uint8, columns a multiple of 128 -> planes (rows, columns * width / 8) uint8.
+
+    Those of `out`, contiguous, if it is given.
+    """
     rows, columns = codes.shape
     assert columns % BLOCK == 0, "pad before packing"
+    planes = out or empty_planes(rows, columns, bits, codes.device)
     if native.usable(codes):
-        return native.pack_planes(codes, PLANE_WIDTHS[bits], bits)
-    planes, shift = [], 0
-    for width in PLANE_WIDTHS[bits]:
+        native.pack_planes(codes, bits, planes)
+        return planes
+    shift = 0
+    for plane, width in zip(planes, PLANE_WIDTHS[bits], strict=True):
         fields = (codes >> shift) & ((1 << width) - 1)
         grouped = fields.view(rows, columns // BLOCK, 8 // width, 16 * width)
         packed = (grouped << _field_shifts(width, codes.device)).sum(dim=2, dtype=torch.uint8)
-        planes.append(packed.view(rows, columns * width // 8))
+        plane.copy_(packed.view(plane.shape))
         shift += width
-    return tuple(planes)
+    return planes
+
+
+def empty_planes(
+    rows: int, columns: int, bits: int, device: torch.device | None = None
+) -> tuple[Tensor, ...]:
+    """Planes of codes (rows, columns), not filled."""
+    return tuple(
+        torch.empty(rows, columns * width // 8, dtype=torch.uint8, device=device)
+        for width in PLANE_WIDTHS[bits]
+    )
 
 
 def unpack_planes(planes: tuple[Tensor, ...], bits: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The arena: its words, its two mappings, and what is left of it when a process dies."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -85,6 +87,43 @@ def test_a_frame_reused_while_it_is_copied_is_noticed(owned: OwnedArena) -> None
             owned.publish(KEY, Entry(State.READY, 3, 9))  # the same frame, another generation
 
     assert not mapped.read(KEY, ReusedDuringCopy())  # type: ignore[arg-type]
+
+
+def test_frames_without_memory_receive_what_a_file_holds(tmp_path: Path) -> None:
+    """In any order, from any place of the file; frames that had memory get it as well."""
+    records = torch.randint(0, 256, (3, SHAPE.stride), dtype=torch.uint8)
+    (tmp_path / "records").write_bytes(b"head" + records.numpy().tobytes())
+    arena = OwnedArena(SHAPE)
+    try:
+        arena.commit([1])
+        assert arena.has_memory([1]) and not arena.has_memory([1, 3])
+        with (tmp_path / "records").open("rb") as file:
+            assert arena.receive([3, 1], file.fileno(), 4)
+            assert torch.equal(arena.frames[[3, 1]], records[:2])
+            assert arena.has_memory([3, 1])
+            assert not arena.receive([0, 2], file.fileno(), 4 + 2 * SHAPE.stride), "the file ends before"
+            assert arena.has_memory([0]) and not arena.has_memory([2])
+            assert torch.equal(arena.frames[0], records[2])
+    finally:
+        arena.close()
+
+
+@pytest.mark.parametrize(("cause", "expected"), [(errno.ENOSPC, Exhausted), (errno.EIO, OSError)])
+def test_no_memory_is_told_from_a_file_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, cause: int, expected: type[Exception]
+) -> None:
+    def fail(*_: int) -> int:
+        raise OSError(cause, os.strerror(cause))
+
+    monkeypatch.setattr(os, "sendfile", fail)
+    arena = OwnedArena(SHAPE)
+    try:
+        with pytest.raises(expected, match=os.strerror(cause)) as caught:
+            arena.receive([0], 0, 0)
+        assert ("--ram" in str(caught.value)) == (expected is Exhausted)
+        assert not arena.has_memory([0])
+    finally:
+        arena.close()
 
 
 def test_the_workers_mapping_cannot_be_written(owned: OwnedArena) -> None:

@@ -1,6 +1,7 @@
 """Staging: what is read first, what is read once, and what becomes of reads that fail."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,13 +78,53 @@ def test_preload_reads_every_record_into_its_frame(checkpoint: PackedCheckpoint,
 
     asyncio.run(run())
     for layer in range(LAYERS):
-        path, offset = checkpoint.records_file(layer)
-        data = path.read_bytes()[offset:]
         for expert in range(EXPERTS):
-            entry = arena.entry(ExpertKey(layer, expert))
-            record = data[expert * checkpoint.layout.stride :][: checkpoint.layout.stride]
-            assert entry.state is State.READY
-            assert bytes(arena.frames[entry.frame].tolist()) == record
+            assert_staged(checkpoint, arena, ExpertKey(layer, expert))
+
+
+def assert_staged(checkpoint: PackedCheckpoint, arena: OwnedArena, key: ExpertKey) -> None:
+    path, offset = checkpoint.records_file(key.layer)
+    record = path.read_bytes()[offset + key.expert * checkpoint.layout.stride :][: checkpoint.layout.stride]
+    entry = arena.entry(key)
+    assert entry.state is State.READY
+    assert arena.frames[entry.frame].numpy().tobytes() == record
+
+
+def test_a_frame_is_filled_again_after_its_record_left(checkpoint: PackedCheckpoint) -> None:
+    async def run() -> None:
+        stager = Stager(checkpoint, FrameTable(arena))
+        for expert in range(EXPERTS):
+            assert await demanded(stager, ExpertKey(1, expert)) is None
+            assert_staged(checkpoint, arena, ExpertKey(1, expert))
+        stager.close()
+
+    arena = make_arena(checkpoint, frames=2)
+    try:
+        asyncio.run(run())
+    finally:
+        arena.close()
+
+
+def test_reads_that_stop_short_go_on(
+    checkpoint: PackedCheckpoint, arena: OwnedArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into frames that have memory; the short reads end within a record and at its end."""
+    read, step = os.preadv, checkpoint.layout.stride // 2
+
+    def short(file: int, views: list[memoryview], position: int) -> int:
+        return read(file, [views[0][:step]], position)
+
+    async def run() -> None:
+        stager = Stager(checkpoint, FrameTable(arena))
+        await asyncio.wait_for(stager.preload(), 30)
+        stager.close()
+
+    arena.commit(list(range(LAYERS * EXPERTS)))
+    monkeypatch.setattr(os, "preadv", short)
+    asyncio.run(run())
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            assert_staged(checkpoint, arena, ExpertKey(layer, expert))
 
 
 def test_serving_begins_before_all_is_loaded_and_a_demand_overtakes_the_preload(

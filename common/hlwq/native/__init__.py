@@ -183,12 +183,10 @@ def hadamard_transform(x: Tensor) -> Tensor:
     return y
 
 
-def pack_planes(codes: Tensor, widths: Sequence[int], bits: int) -> tuple[Tensor, ...]:
-    rows, columns = codes.shape
+def pack_planes(codes: Tensor, bits: int, planes: Sequence[Tensor]) -> None:
     codes = codes.contiguous()
-    planes = tuple(torch.empty(rows, columns * width // 8, dtype=torch.uint8) for width in widths)
-    call("hlwq_pack", codes.data_ptr(), rows, columns, bits, _pointers(planes))
-    return planes
+    assert all(plane.is_contiguous() for plane in planes)
+    call("hlwq_pack", codes.data_ptr(), *codes.shape, bits, _pointers(planes))
 
 
 def unpack_planes(planes: Sequence[Tensor], columns: int, bits: int) -> Tensor:

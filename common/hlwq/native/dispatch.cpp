@@ -56,10 +56,91 @@ class Rows {
     float* start_;
 };
 
-struct Planes {
-    int widths[2];
-    explicit Planes(int64_t bits)
-        : widths{bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : int(bits), bits == 6 ? 2 : bits == 3 || bits == 5} {}
+// ---- Codes in planes and in runs of bits, by plain vectors of bytes, which every processor has.
+
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+inline Bytes load(const uint8_t* p) {
+    Bytes v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(uint8_t* p, Bytes v) { std::memcpy(p, &v, sizeof v); }
+
+// Some bits of the codes of one block, in a plane of their own: WIDTH of them, from bit SHIFT on.
+template <int WIDTH, int SHIFT>
+struct Plane {
+    static constexpr int kBytes = 16 * WIDTH;
+    static constexpr uint8_t kMask = (1 << WIDTH) - 1;
+
+    static void pack(const uint8_t* codes, uint8_t* plane) {
+        for (int start = 0; start < kBytes; start += 16) {
+            Bytes packed = {};
+            for (uint8_t bit = 0; bit < 8; bit += WIDTH)
+                packed |= (load(codes + bit * 16 + start) >> SHIFT & kMask) << bit;
+            store(plane + start, packed);
+        }
+    }
+
+    static void unpack(const uint8_t* plane, uint8_t* codes) {
+        for (int start = 0; start < kBytes; start += 16)
+            for (uint8_t bit = 0; bit < 8; bit += WIDTH) {
+                uint8_t* target = codes + bit * 16 + start;
+                const Bytes fields = (load(plane + start) >> bit & kMask) << SHIFT;
+                store(target, SHIFT ? load(target) | fields : fields);
+            }
+    }
+};
+
+// Calls f(number, Plane{}) for each of the planes of codes of `bits` bits.
+template <class F>
+inline void each_plane(int64_t bits, const F& f) {
+    switch (bits) {
+        case 2: return f(0, Plane<2, 0>{});
+        case 3: return f(0, Plane<2, 0>{}), f(1, Plane<1, 2>{});
+        case 4: return f(0, Plane<4, 0>{});
+        case 5: return f(0, Plane<4, 0>{}), f(1, Plane<1, 4>{});
+        case 6: return f(0, Plane<4, 0>{}), f(1, Plane<2, 4>{});
+        case 8: return f(0, Plane<8, 0>{});
+    }
+}
+
+// COUNT bytes, little-endian, as two loads that may overlap: a copy of an odd number of bytes would be put together
+// in memory and waited for.
+template <int COUNT>
+inline uint64_t read_bytes(const uint8_t* bytes) {
+    constexpr int size = COUNT >= 4 ? 4 : COUNT >= 2 ? 2 : 1, second = COUNT - size;
+    uint32_t low = 0, high = 0;
+    std::memcpy(&low, bytes, size);
+    std::memcpy(&high, bytes + second, size);
+    return low | uint64_t(high) << 8 * second;
+}
+
+// Eight fields of BITS bits, the first one lowest, to a byte each: halves move apart, then quarters, then eighths.
+template <int BITS>
+inline uint64_t spread(uint64_t word) {
+    constexpr uint64_t four = (uint64_t(1) << 4 * BITS) - 1, two = ((uint64_t(1) << 2 * BITS) - 1) * 0x100000001,
+                       one = ((uint64_t(1) << BITS) - 1) * 0x1000100010001;
+    word = (word & four) | (word >> 4 * BITS & four) << 32;
+    word = (word & two) | (word >> 2 * BITS & two) << 16;
+    return (word & one) | (word >> BITS & one) << 8;
+}
+
+template <int BITS>
+void unpack_eights(const uint8_t* run, int64_t groups, bool most_significant_first, uint8_t* codes) {
+    for (int64_t group = 0; group < groups; group++) {
+        uint64_t word = read_bytes<BITS>(run + group * BITS);
+        if (most_significant_first) word = __builtin_bswap64(word) >> (64 - 8 * BITS);
+        word = spread<BITS>(word);
+        if (most_significant_first) word = __builtin_bswap64(word);
+        std::memcpy(codes + group * 8, &word, 8);
+    }
+}
+
+constexpr decltype(&unpack_eights<1>) kUnpackEights[] = {
+    nullptr,          unpack_eights<1>, unpack_eights<2>, unpack_eights<3>, unpack_eights<4>,
+    unpack_eights<5>, unpack_eights<6>, unpack_eights<7>, unpack_eights<8>,
 };
 
 }  // namespace
@@ -78,50 +159,26 @@ int32_t hlwq_set_path(const char* name) {
 void hlwq_set_threads(int32_t threads) { set_threads(threads); }
 
 void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes) {
-    const Planes form(bits);
-    pieces(rows * columns / kBlock, 4096, [&](int64_t first, int64_t last) {
+    pieces(rows * columns / kBlock, 1024, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; block++)
-            for (int plane = 0, shift = 0; plane < 2 && form.widths[plane]; shift += form.widths[plane++]) {
-                const int width = form.widths[plane], bytes = 16 * width, mask = (1 << width) - 1;
-                const uint8_t* source = codes + block * kBlock;
-                uint8_t* target = planes[plane] + block * bytes;
-                std::memset(target, 0, bytes);
-                for (int field = 0; field < 8 / width; field++)
-                    for (int i = 0; i < bytes; i++)
-                        target[i] |= (source[field * bytes + i] >> shift & mask) << (field * width);
-            }
+            each_plane(bits, [&](int number, auto plane) {
+                plane.pack(codes + block * kBlock, planes[number] + block * plane.kBytes);
+            });
     });
 }
 
 void hlwq_unpack(const uint8_t* const* planes, int64_t rows, int64_t columns, int64_t bits, uint8_t* codes) {
-    const Planes form(bits);
-    pieces(rows * columns / kBlock, 4096, [&](int64_t first, int64_t last) {
-        std::memset(codes + first * kBlock, 0, (last - first) * kBlock);
+    pieces(rows * columns / kBlock, 1024, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; block++)
-            for (int plane = 0, shift = 0; plane < 2 && form.widths[plane]; shift += form.widths[plane++]) {
-                const int width = form.widths[plane], bytes = 16 * width, mask = (1 << width) - 1;
-                const uint8_t* source = planes[plane] + block * bytes;
-                uint8_t* target = codes + block * kBlock;
-                for (int field = 0; field < 8 / width; field++)
-                    for (int i = 0; i < bytes; i++)
-                        target[field * bytes + i] |= (source[i] >> (field * width) & mask) << shift;
-            }
+            each_plane(bits, [&](int number, auto plane) {
+                plane.unpack(planes[number] + block * plane.kBytes, codes + block * kBlock);
+            });
     });
 }
 
 void hlwq_unpack_run(const uint8_t* run, int64_t groups, int64_t bits, int32_t most_significant_first, uint8_t* codes) {
-    const uint64_t mask = (uint64_t(1) << bits) - 1;
     pieces(groups, 16384, [&](int64_t first, int64_t last) {
-        for (int64_t group = first; group < last; group++) {
-            const uint8_t* bytes = run + group * bits;
-            uint64_t word = 0;  // with the first code lowest, or highest
-            for (int64_t i = 0; i < bits; i++)
-                word = most_significant_first ? word << 8 | bytes[i] : word | uint64_t(bytes[i]) << (8 * i);
-            uint8_t eight[8];
-            for (int place = 0; place < 8; place++)
-                eight[place] = word >> bits * (most_significant_first ? 7 - place : place) & mask;
-            std::memcpy(codes + group * 8, eight, 8);
-        }
+        kUnpackEights[bits](run + first * bits, last - first, most_significant_first, codes + first * 8);
     });
 }
 

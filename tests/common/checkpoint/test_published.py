@@ -75,6 +75,16 @@ def test_codes_norms_and_codebook_come_back(
     assert_reads(model.write(tmp_path / "model", layout, polar_config=False), model)
 
 
+@every_layout
+def test_large_matrices_are_read_some_rows_at_a_time(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout, bits: int
+) -> None:
+    monkeypatch.setattr("common.checkpoint.published._CODES_AT_ONCE", 3 * 128)
+    monkeypatch.setattr("common.checkpoint.published._NORMS_AT_ONCE", 5)
+    model = published_model(pristine, bits, (IN_PROJ, "lm_head"))
+    assert_reads(model.write(tmp_path / "model", layout), model)
+
+
 @pytest.mark.parametrize(("layout", "bits"), published.ONE_OF_EACH[2:], ids=id_of)
 def test_polar_config_changes_nothing(pristine: Path, tmp_path: Path, layout: Layout, bits: int) -> None:
     model = published_model(pristine, bits)
