@@ -21,6 +21,7 @@ from gpu_worker.cuda.kernels.slots import (
     Awaited,
     Directory,
     copy_record,
+    deciding,
     slots_to_fill,
     turns,
     worth,
@@ -70,14 +71,8 @@ def reserve(
     enabled: Tensor,
 ) -> None:
     """As `reserve_plain`, in one program; 128 pairs at most."""
-    slots, pairs = directory.expert_of.shape[1], choices.numel()
-    padded_slots, padded_pairs = (triton.next_power_of_2(max(8, count)) for count in (slots, pairs))
-    _reserve_kernel[(1,)](
-        choices, layer, *directory[:5], *awaited, frame_of, enabled,
-        EXPERTS=directory.slot_of.shape[1], SLOTS=slots, PAIRS=pairs, PADDED_SLOTS=padded_slots,
-        PADDED_PAIRS=padded_pairs, FREQUENCY=policy == "lfru",
-        num_warps=min(8, max(1, padded_slots**2 // 1024)), **overlapping(),
-    )  # fmt: skip
+    arguments = (choices, layer, *directory[:5], *awaited, frame_of, enabled)
+    _reserve_kernel[(1,)](*arguments, **deciding(choices, directory, policy))
 
 
 def fetch_ahead_plain(

@@ -10,7 +10,7 @@ more experts than there are slots, experts without a frame.
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -107,8 +107,6 @@ def resolve(
     misses: Misses,
 ) -> None:
     """As `resolve_plain`, in one program."""
-    slots, pairs = directory.expert_of.shape[1], choices.numel()
-    padded_slots, padded_pairs = (triton.next_power_of_2(max(8, count)) for count in (slots, pairs))
     _resolve_kernel[(1,)](
         choices,
         layer,
@@ -120,16 +118,20 @@ def resolve(
         frame_of,
         slot_ids,
         *misses,
-        EXPERTS=directory.slot_of.shape[1],
-        SLOTS=slots,
-        PAIRS=pairs,
-        PADDED_SLOTS=padded_slots,
-        PADDED_PAIRS=padded_pairs,
-        FREQUENCY=policy == "lfru",
-        **overlapping(),
-        # Slots are compared each with each, and so are pairs: one warp while 32 comparisons a thread will do.
-        num_warps=min(8, max(1, max(padded_slots, padded_pairs) ** 2 // 1024)),
+        **deciding(choices, directory, policy),
     )
+
+
+def deciding(choices: Tensor, directory: Directory, policy: str) -> dict[str, Any]:
+    """The launch of a kernel that looks choices up in a layer and chooses victims by `worth` and `turns`."""
+    slots, pairs = directory.expert_of.shape[1], choices.numel()
+    padded_slots, padded_pairs = (triton.next_power_of_2(max(8, count)) for count in (slots, pairs))
+    return {
+        "EXPERTS": directory.slot_of.shape[1], "SLOTS": slots, "PAIRS": pairs, "PADDED_SLOTS": padded_slots,
+        "PADDED_PAIRS": padded_pairs, "FREQUENCY": policy == "lfru", **overlapping(),
+        # Slots are compared each with each, and so are pairs: one warp while 32 comparisons a thread will do.
+        "num_warps": min(8, max(1, max(padded_slots, padded_pairs) ** 2 // 1024)),
+    }  # fmt: skip
 
 
 def fetch_plain(layer: int, misses: Misses, arena_base: Tensor, pool: Tensor, blocks: int = PROGRAMS) -> None:
