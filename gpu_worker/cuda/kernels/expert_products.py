@@ -94,10 +94,10 @@ class ExpertProducts:
 def combine(products: Tensor, weights: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
     """As `combine_plain`, into `residual`, which is returned."""
     rows, hidden = residual.shape
-    k, block = weights.shape[1], 256
+    k, block = weights.shape[1], 128
     grid = (triton.cdiv(hidden, block), rows)
     _combine_kernel[grid](
-        products, weights, shared, residual, hidden, K=k, BLOCK=block, num_warps=2, **overlapping()
+        products, weights, shared, residual, hidden, K=k, BLOCK=block, num_warps=1, **overlapping()
     )
     return residual
 
@@ -112,7 +112,7 @@ def _record_of(pool, slot, stride):
 def _packed_kernel(
     pool, slot_ids, x, y, outs, stride, k, rows,
     LOW: tl.constexpr, HIGH: tl.constexpr, NORMS: tl.constexpr, CODEBOOK: tl.constexpr, BITS: tl.constexpr,
-    BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr,
     AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
@@ -128,7 +128,7 @@ def _packed_kernel(
         begin = tl.program_id(0) * rows
         row_products(
             low, high, norms, codebook, x_row, y_row, y_row, begin, tl.minimum(begin + rows, outs),
-            BITS, BLOCKS, SPAN, CHUNKS, ASSEMBLY, AT_ONCE, False,
+            BITS, BLOCKS, SPAN, CHUNKS, AT_ONCE, False,
         )  # fmt: skip
 
 

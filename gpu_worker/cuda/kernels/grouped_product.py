@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.hlwq.planes import BLOCK, RAW_BITS, padded
 from common.record import MatrixLayout, RecordLayout
-from gpu_worker.cuda.kernels.packed_words import LookUp, tile_centroids, tile_dot, tile_row
+from gpu_worker.cuda.kernels.packed_words import tile_centroids, tile_dot, tile_row
 from gpu_worker.cuda.kernels.rotation import tile_rotate
 
 Span = tuple[int, int]
@@ -128,7 +128,7 @@ class _Projection:
             self._constants |= {
                 "HIGH": layout.planes[-1].offset, "NORMS": layout.norms.offset,
                 "CODEBOOK": layout.codebook.offset, "BITS": layout.bits,
-                "BLOCKS": padded(layout.in_features) // BLOCK, "ASSEMBLY": LookUp(layout.bits).centroids,
+                "BLOCKS": padded(layout.in_features) // BLOCK,
             }  # fmt: skip
 
     def __call__(self, x: Tensor, y: Tensor, tiles: Tensor, positions: Tensor, size: int, k: int) -> None:
@@ -165,7 +165,7 @@ def _store(y, target, real, out, outs, total):
 @triton.jit
 def _packed_kernel(
     tiles, positions, x, y, outs, k, LOW: tl.constexpr, HIGH: tl.constexpr, NORMS: tl.constexpr,
-    CODEBOOK: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CODEBOOK: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
     GATHER: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
     record, source, target, real = _tile_of(tiles, positions, k, GATHER, ROWS)
@@ -180,7 +180,7 @@ def _packed_kernel(
     norm_rows = norms + tl.minimum(out, outs - 1) * BLOCKS
     total = tl.zeros([OUTS, ROWS], tl.float32)
     for block in tl.range(0, BLOCKS):
-        weights = tile_centroids(low, high, codebook, row, block, BITS, BLOCKS, OUTS, ASSEMBLY)
+        weights = tile_centroids(low, high, codebook, row, block, BITS, BLOCKS, OUTS)
         activations = tl.load(x_columns + block * 128)
         sums = tile_dot(weights.to(activations.dtype), activations, tl.zeros([OUTS, ROWS], tl.float32))
         total += sums * tl.load(norm_rows + block).to(tl.float32)[:, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK
 from gpu_worker.cuda.kernels.packed_product import MAX_ROWS, PackedProduct
-from gpu_worker.cuda.kernels.packed_words import LookUp, tile_centroids, tile_row
+from gpu_worker.cuda.kernels.packed_words import tile_centroids, tile_row
 from gpu_worker.cuda.kernels.rotation import rotate, tile_order, tile_rotate
 
 MOST_DECODED = 64 << 20  # bytes
@@ -41,7 +41,6 @@ class PackedLinear:
         self._packed = planes[0], planes[-1], matrix.norms, matrix.codebook
         self._constants = {
             "BITS": matrix.bits, "BLOCKS": matrix.norms.shape[1],
-            "ASSEMBLY": LookUp(matrix.bits).centroids,
         }  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -76,11 +75,11 @@ class PackedLinear:
 @triton.jit
 def _decode_kernel(
     low, high, norms, codebook, decoded, first, end, BITS: tl.constexpr, BLOCKS: tl.constexpr,
-    ASSEMBLY: tl.constexpr, OUTS: tl.constexpr,
+    OUTS: tl.constexpr,
 ):  # fmt: skip
     start, block = first + tl.program_id(0) * OUTS, tl.program_id(1)
     row, out = tl.minimum(start + tile_row(OUTS), end - 1)[:, None], start + tl.arange(0, OUTS)
-    tile = tile_centroids(low, high, codebook, row, block, BITS, BLOCKS, OUTS, ASSEMBLY)
+    tile = tile_centroids(low, high, codebook, row, block, BITS, BLOCKS, OUTS)
     norm = tl.load(norms + tl.minimum(out, end - 1).to(tl.int64) * BLOCKS + block).to(tl.float32)
     pointers = decoded + (out - first)[:, None].to(tl.int64) * (BLOCKS * 128) + block * 128
     weights = (tile * norm[:, None]).to(decoded.dtype.element_ty)

@@ -16,7 +16,13 @@ from torch import Tensor
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK
 from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
-from gpu_worker.cuda.kernels.packed_words import INTERPRETED, LookUp, code_words, four_centroids
+from gpu_worker.cuda.kernels.packed_words import (
+    INTERPRETED,
+    centroid_table,
+    codes_of,
+    four_centroids,
+    raw_words,
+)
 from gpu_worker.cuda.kernels.rotation import product_order
 from gpu_worker.cuda.kernels.row_products import RowShape, row_products
 
@@ -42,7 +48,6 @@ class PackedProduct:
         self._planes = [plane.view(torch.int32) for plane in matrix.planes]
         self._norms, self._codebook = matrix.norms, matrix.codebook
         self._blocks = matrix.norms.shape[1]
-        self._look_up = LookUp(matrix.bits)
         self._one_row = RowShape(matrix.bits, self._blocks)
 
     def __call__(
@@ -63,8 +68,8 @@ class PackedProduct:
             grid, padded = (triton.cdiv(outs, _OUTS),), 8 if rows <= 8 else 16
             warps = min(triton.next_power_of_2(self._blocks), 8 if outs < _FEW_OUTS else 4)
             _several_rows_kernel[grid](
-                *arguments, rows, BITS=self._look_up.bits, BLOCKS=self._blocks, AT_ONCE=warps, OUTS=_OUTS,
-                ROWS=padded, ASSEMBLY=self._look_up.centroids, num_warps=warps, **constants,
+                *arguments, rows, BITS=self.matrix.bits, BLOCKS=self._blocks, AT_ONCE=warps, OUTS=_OUTS,
+                ROWS=padded, num_warps=warps, **constants,
             )  # fmt: skip
         return y
 
@@ -78,21 +83,21 @@ _FEW_OUTS = 8192  # programs of more warps, if that few outputs make too few pro
 @triton.jit(do_not_specialize=["taken"])
 def _one_row_kernel(
     low, high, norms, codebook, x, y, residual, outs, taken, BITS: tl.constexpr, BLOCKS: tl.constexpr,
-    SPAN: tl.constexpr, CHUNKS: tl.constexpr, ASSEMBLY: tl.constexpr, AT_ONCE: tl.constexpr,
+    SPAN: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
     ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     begin = tl.program_id(0) * taken
     row_products(
         low, high, norms, codebook, x, y, residual, begin, tl.minimum(begin + taken, outs),
-        BITS, BLOCKS, SPAN, CHUNKS, ASSEMBLY, AT_ONCE, ADD,
+        BITS, BLOCKS, SPAN, CHUNKS, AT_ONCE, ADD,
     )  # fmt: skip
 
 
 @triton.jit
 def _several_rows_kernel(
     low, high, norms, codebook, x, y, residual, outs, rows, BITS: tl.constexpr, BLOCKS: tl.constexpr,
-    ADD: tl.constexpr, OUTS: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    ADD: tl.constexpr, OUTS: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
@@ -109,15 +114,17 @@ def _several_rows_kernel(
     total = tl.zeros([AT_ONCE, OUTS, ROWS], tl.float32)
     for first in tl.range(0, BLOCKS, AT_ONCE, num_stages=1):
         block = tl.minimum(first + loaded // 8 % AT_ONCE, BLOCKS - 1)
-        even, odd = code_words(low, high, row, block, word, word < 16, BITS, BLOCKS, True, ASSEMBLY != "")
+        raw = raw_words(low, high, row, block, word, word < 16, BITS, BLOCKS, True)
+        even, odd = codes_of(raw[0], raw[1], word, BITS)
+        table = centroid_table(codebook, even, BITS)
         x_block = x_words + tl.minimum(first + loaded_x // 8 % AT_ONCE, BLOCKS - 1) * 128
         sums = tl.zeros([AT_ONCE, OUTS, ROWS], tl.float32)
-        a, b, c, d = four_centroids(even, codebook, ASSEMBLY)
+        a, b, c, d = four_centroids(even, table, BITS)
         sums = _split_dot(a, tl.load(x_block), sums)
         sums = _split_dot(b, tl.load(x_block + 32), sums)
         sums = _split_dot(c, tl.load(x_block + 64), sums)
         sums = _split_dot(d, tl.load(x_block + 96), sums)
-        a, b, c, d = four_centroids(odd, codebook, ASSEMBLY)
+        a, b, c, d = four_centroids(odd, table, BITS)
         sums = _split_dot(a, tl.load(x_block + 16), sums)
         sums = _split_dot(b, tl.load(x_block + 48), sums)
         sums = _split_dot(c, tl.load(x_block + 80), sums)

@@ -17,45 +17,33 @@ import os
 import triton
 import triton.language as tl
 
-from common.hlwq.planes import PLANE_WIDTHS
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as it is when kernels are defined
 BARE_BFLOAT16 = tl.constexpr(INTERPRETED)  # the interpreter keeps it as bits, which it would multiply
 
-# Four look-ups and their products: $0 = $7 + sum of centroid(byte i of $1) * x_i for x_0..x_3 in $3..$6.
-# $2 is the codebook. The compiler moves the load of this lane's centroid out of loops.
-_FOUR_PRODUCTS = """{{
-    .reg .u32 lane, code; .reg .u64 address; .reg .f32 centroid, weight, sum;
-    mov.u32 lane, %laneid; and.b32 lane, lane, {last}; mad.wide.u32 address, lane, 4, $2;
-    ld.global.nc.f32 centroid, [address];
-    shfl.sync.idx.b32 weight, centroid, $1, 0x1f, 0xffffffff; fma.rn.f32 sum, weight, $3, $7;
-    shr.u32 code, $1, 8; shfl.sync.idx.b32 weight, centroid, code, 0x1f, 0xffffffff;
+# $0 = this lane's centroid of the codebook at $1; lanes beyond the last code, $2, repeat smaller codebooks,
+# so that none reads what follows them.
+_LANE_CENTROID = tl.constexpr("""{
+    .reg .u32 lane; .reg .u64 address;
+    mov.u32 lane, %laneid; and.b32 lane, lane, $2; mad.wide.u32 address, lane, 4, $1;
+    ld.global.nc.f32 $0, [address]; }""")
+# Four look-ups and their products: $0 = $7 + sum of centroid(byte i of $1) * x_i for x_0..x_3 in $3..$6, $2
+# being the lane's centroid.
+_FOUR_PRODUCTS = tl.constexpr("""{
+    .reg .u32 code; .reg .f32 weight, sum;
+    shfl.sync.idx.b32 weight, $2, $1, 0x1f, 0xffffffff; fma.rn.f32 sum, weight, $3, $7;
+    shr.u32 code, $1, 8; shfl.sync.idx.b32 weight, $2, code, 0x1f, 0xffffffff;
     fma.rn.f32 sum, weight, $4, sum;
-    shr.u32 code, $1, 16; shfl.sync.idx.b32 weight, centroid, code, 0x1f, 0xffffffff;
+    shr.u32 code, $1, 16; shfl.sync.idx.b32 weight, $2, code, 0x1f, 0xffffffff;
     fma.rn.f32 sum, weight, $5, sum;
-    shr.u32 code, $1, 24; shfl.sync.idx.b32 weight, centroid, code, 0x1f, 0xffffffff;
-    fma.rn.f32 $0, weight, $6, sum; }}"""
-# Four look-ups: $0..$3 = centroids of the bytes of $4, $5 is the codebook.
-_FOUR_CENTROIDS = """{{
-    .reg .u32 lane, code; .reg .u64 address; .reg .f32 centroid;
-    mov.u32 lane, %laneid; and.b32 lane, lane, {last}; mad.wide.u32 address, lane, 4, $5;
-    ld.global.nc.f32 centroid, [address];
-    shfl.sync.idx.b32 $0, centroid, $4, 0x1f, 0xffffffff;
-    shr.u32 code, $4, 8; shfl.sync.idx.b32 $1, centroid, code, 0x1f, 0xffffffff;
-    shr.u32 code, $4, 16; shfl.sync.idx.b32 $2, centroid, code, 0x1f, 0xffffffff;
-    shr.u32 code, $4, 24; shfl.sync.idx.b32 $3, centroid, code, 0x1f, 0xffffffff; }}"""
-
-
-class LookUp:
-    """How a codebook of `bits` is looked up: the constants of a kernel's launch."""
-
-    def __init__(self, bits: int) -> None:
-        assert bits in PLANE_WIDTHS
-        self.bits = bits
-        shuffled = bits <= 5 and not INTERPRETED
-        last = (1 << bits) - 1  # lanes beyond a small codebook repeat it, so that none reads what follows it
-        self.products = _FOUR_PRODUCTS.format(last=last) if shuffled else ""
-        self.centroids = _FOUR_CENTROIDS.format(last=last) if shuffled else ""
+    shr.u32 code, $1, 24; shfl.sync.idx.b32 weight, $2, code, 0x1f, 0xffffffff;
+    fma.rn.f32 $0, weight, $6, sum; }""")
+# Four look-ups: $0..$3 = centroids of the bytes of $4, $5 being the lane's centroid.
+_FOUR_CENTROIDS = tl.constexpr("""{
+    .reg .u32 code;
+    shfl.sync.idx.b32 $0, $5, $4, 0x1f, 0xffffffff;
+    shr.u32 code, $4, 8; shfl.sync.idx.b32 $1, $5, code, 0x1f, 0xffffffff;
+    shr.u32 code, $4, 16; shfl.sync.idx.b32 $2, $5, code, 0x1f, 0xffffffff;
+    shr.u32 code, $4, 24; shfl.sync.idx.b32 $3, $5, code, 0x1f, 0xffffffff; }""")
 
 
 @triton.jit
@@ -76,6 +64,12 @@ def _plane_words(
     return tl.load(pointers, mask=valid, other=0, eviction_policy="evict_first")
 
 
+@triton.constexpr_function
+def shuffled(bits):
+    """Whether codes of so many bits are looked up by shuffles."""
+    return bits <= 5 and not INTERPRETED
+
+
 @triton.jit
 def _merged(lower, upper, LOWER: tl.constexpr, UPPER: tl.constexpr, LOOSE: tl.constexpr):
     """Codes of two planes' fields; LOOSE: in one operation, with rubbish above UPPER."""
@@ -83,35 +77,53 @@ def _merged(lower, upper, LOWER: tl.constexpr, UPPER: tl.constexpr, LOOSE: tl.co
 
 
 @triton.jit
-def code_words(
-    low, high, row, block, word, valid, BITS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr,
-    LOOSE: tl.constexpr = False,
+def raw_words(
+    low, high, row, block, word, valid, BITS: tl.constexpr, BLOCKS: tl.constexpr, FULL: tl.constexpr
 ):  # fmt: skip
-    """Codes of four columns a register, as (even, odd): row (outs, 1), word (1, words), valid like both.
+    """The words that codes are in, as `codes_of` takes them: row (outs, 1), word (1, words), valid like both.
 
     `word` counts from the first word of block `block`, 16 a block, and may reach over several blocks. FULL:
-    every word is valid, so that nothing has to be masked. LOOSE: codes of up to 5 bits may have anything in
-    the rest of their bytes. Shuffles do not mind: they take 5 bits, and lanes repeat smaller codebooks.
+    every word is valid, so that nothing has to be masked.
     """
     if BITS == 8:
-        even = _plane_words(low, row, block, word, valid, 32, BLOCKS, FULL)
-        odd = _plane_words(low + 16, row, block, word, valid, 32, BLOCKS, FULL)
+        first = _plane_words(low, row, block, word, valid, 32, BLOCKS, FULL)
+        second = _plane_words(low + 16, row, block, word, valid, 32, BLOCKS, FULL)
     elif BITS <= 3:
-        even = _plane_words(low, row, block, word, valid, 8, BLOCKS, FULL) >> (word // 8 % 2 * 2)
-        odd = even >> 4
+        first = _plane_words(low, row, block, word, valid, 8, BLOCKS, FULL)
     else:
-        even = _plane_words(low, row, block, word, valid, 16, BLOCKS, FULL)
+        first = _plane_words(low, row, block, word, valid, 16, BLOCKS, FULL)
+    if BITS == 3 or BITS == 5:
+        second = _plane_words(high, row, block, word, valid, 4, BLOCKS, FULL)
+    elif BITS == 6:
+        second = _plane_words(high, row, block, word, valid, 8, BLOCKS, FULL)
+    elif BITS != 8:
+        second = first
+    return first, second
+
+
+@triton.jit
+def codes_of(first, second, word, BITS: tl.constexpr):
+    """Codes of four columns a register, as (even, odd), from `raw_words`.
+
+    Those that are looked up by shuffles may have anything in the rest of their bytes: shuffles take 5 bits,
+    and lanes repeat smaller codebooks.
+    """
+    LOOSE: tl.constexpr = shuffled(BITS)
+    even, odd = first, second
+    if BITS <= 3:
+        even = first >> (word // 8 % 2 * 2)
+    if BITS != 8:
         odd = even >> 4
     if BITS == 3:
-        bit = _plane_words(high, row, block, word, valid, 4, BLOCKS, FULL) >> (word // 4 % 4)
+        bit = second >> (word // 4 % 4)
         even = _merged(even, bit << 2, 0x03030303, 0x04040404, LOOSE)
         odd = _merged(odd, bit >> 2, 0x03030303, 0x04040404, LOOSE)
     elif BITS == 5:
-        bit = _plane_words(high, row, block, word, valid, 4, BLOCKS, FULL) >> (word // 4 % 4)
+        bit = second >> (word // 4 % 4)
         even = _merged(even, bit << 4, 0x0F0F0F0F, 0x10101010, LOOSE)
         odd = _merged(odd, bit, 0x0F0F0F0F, 0x10101010, LOOSE)
     elif BITS == 6:
-        pair = _plane_words(high, row, block, word, valid, 8, BLOCKS, FULL) >> (word // 8 % 2 * 2)
+        pair = second >> (word // 8 % 2 * 2)
         even = _merged(even, pair << 4, 0x0F0F0F0F, 0x30303030, False)
         odd = _merged(odd, pair, 0x0F0F0F0F, 0x30303030, False)
     elif BITS <= 4 and not LOOSE:
@@ -120,31 +132,42 @@ def code_words(
 
 
 @triton.jit
-def four_centroids(codes, codebook, ASSEMBLY: tl.constexpr):
+def centroid_table(codebook, codes, BITS: tl.constexpr):
+    """What codes of this shape are looked up in: each lane's own centroid, or the codebook itself."""
+    if shuffled(BITS):
+        address = tl.zeros_like(codes).to(tl.int64) + codebook.to(tl.int64)
+        return tl.inline_asm_elementwise(
+            _LANE_CENTROID, "=f,l,r", [address, tl.full(codes.shape, (1 << BITS) - 1, tl.int32)],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:  # noqa: RET505, the compiler wants both branches
+        return codebook
+
+
+@triton.jit
+def four_centroids(codes, table, BITS: tl.constexpr):
     """The centroids of the bytes of `codes`, lowest first."""
-    if ASSEMBLY != "":
-        table = tl.zeros_like(codes).to(tl.int64) + codebook.to(tl.int64)
+    if shuffled(BITS):
         a, b, c, d = tl.inline_asm_elementwise(
-            ASSEMBLY, "=f,=f,=f,=f,r,l", [codes, table],
+            _FOUR_CENTROIDS, "=f,=f,=f,=f,r,f", [codes, table],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        a, b = tl.load(codebook + (codes & 255)), tl.load(codebook + ((codes >> 8) & 255))
-        c, d = tl.load(codebook + ((codes >> 16) & 255)), tl.load(codebook + ((codes >> 24) & 255))
+        a, b = tl.load(table + (codes & 255)), tl.load(table + ((codes >> 8) & 255))
+        c, d = tl.load(table + ((codes >> 16) & 255)), tl.load(table + ((codes >> 24) & 255))
     return a, b, c, d
 
 
 @triton.jit
-def four_products(codes, codebook, x0, x1, x2, x3, total, ASSEMBLY: tl.constexpr):
+def four_products(codes, table, x0, x1, x2, x3, total, BITS: tl.constexpr):
     """total + the centroids of the bytes of `codes` times x0..x3. In one piece of assembly, so that centroids
     need no registers beyond their product."""
-    if ASSEMBLY != "":
-        table = tl.zeros_like(codes).to(tl.int64) + codebook.to(tl.int64)
+    if shuffled(BITS):
         return tl.inline_asm_elementwise(
-            ASSEMBLY, "=f,r,l,f,f,f,f,f", [codes, table, x0, x1, x2, x3, total],
+            _FOUR_PRODUCTS, "=f,r,f,f,f,f,f,f", [codes, table, x0, x1, x2, x3, total],
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-    a, b, c, d = four_centroids(codes, codebook, "")
+    a, b, c, d = four_centroids(codes, table, BITS)
     return total + a * x0 + b * x1 + c * x2 + d * x3
 
 
@@ -162,9 +185,9 @@ def activations(x, block, word, valid, FIELD: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def block_norms(norms, row, block, word, valid, BLOCKS: tl.constexpr, FULL: tl.constexpr):
-    """The norm that each word's weights are scaled by."""
-    return _read(norms + row.to(tl.int64) * BLOCKS + (block + word // 16), valid, FULL).to(tl.float32)
+def block_norms(norms, row, block, four, valid, BLOCKS: tl.constexpr, FULL: tl.constexpr):
+    """The norm that each four words' weights are scaled by: `four` counts them from block `block` on."""
+    return _read(norms + row.to(tl.int64) * BLOCKS + (block + four // 4), valid, FULL)
 
 
 @triton.jit
@@ -176,8 +199,7 @@ def tile_row(OUTS: tl.constexpr):
 
 @triton.jit
 def tile_centroids(
-    low, high, codebook, row, block, BITS: tl.constexpr, BLOCKS: tl.constexpr, OUTS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    low, high, codebook, row, block, BITS: tl.constexpr, BLOCKS: tl.constexpr, OUTS: tl.constexpr
 ):  # fmt: skip
     """One block of OUTS outputs for tensor cores: float32 (OUTS, 128), columns in the tiles' order.
 
@@ -188,11 +210,11 @@ def tile_centroids(
     OUTS / 16 warps; others give the same numbers.
     """
     word = tl.arange(0, 16)[None, :]
-    even, odd = code_words(
-        low, high, row, block, word, word < 16, BITS, BLOCKS, True, ASSEMBLY != ""
-    )  # fmt: skip
-    a, c, e, g = four_centroids(even, codebook, ASSEMBLY)
-    b, d, f, h = four_centroids(odd, codebook, ASSEMBLY)
+    first, second = raw_words(low, high, row, block, word, word < 16, BITS, BLOCKS, True)
+    even, odd = codes_of(first, second, word, BITS)
+    table = centroid_table(codebook, even, BITS)
+    a, c, e, g = four_centroids(even, table, BITS)
+    b, d, f, h = four_centroids(odd, table, BITS)
     fields = tl.join(
         tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
     )  # (rows, words, 2, 2, 2), the last three being the bits of a field's number

@@ -120,7 +120,7 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, 
     normed, y = torch.empty_like(x), _rotated_like(x)
     width = triton.next_power_of_2(columns)
     grid, arguments = (rows, y.shape[1]), (x, weight, normed, y, columns, epsilon, y.stride(0))
-    _norm_kernel[grid](*arguments, WIDTH=width, **overlapping())
+    _norm_kernel[grid](*arguments, WIDTH=width, num_warps=1, **overlapping())
     return normed, y
 
 
@@ -147,6 +147,7 @@ def gated_norm_rotate(
         epsilon,
         y.stride(0),
         GROUP=columns // groups,
+        num_warps=1,
         **overlapping(),
     )
     return normed, y

@@ -1,9 +1,9 @@
 """The router of a MoE block: scores of all experts, the best k of them, and their weights.
 
-Two kernels. The first is a product with a float32 matrix, one expert a program: 128 experts just fill a GPU
-of 132 multiprocessors, and a program reads its 11 KB at once. The second ranks a row's experts by counting,
-for each, those ahead of it: no loop over ranks, and ties are settled. Not done here: groups of experts
-(`usable`).
+Two kernels. The first is a product with a float32 matrix, one expert and row a program: 128 experts just
+fill a GPU of 132 multiprocessors, and a program reads its 11 KB at once. The second ranks a row's experts by
+counting, for each, those ahead of it: no loop over ranks, and ties are settled. Not done here: groups of
+experts (`usable`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from common.model_config import ModelConfig
 from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.model.moe import route
 
-_ROWS = 4  # a program, whatever the batch: the order of a row's sums must not depend on who is beside it
-_COLUMNS = 1024  # of the hidden size at a time
+_COLUMNS = 512  # of the hidden size at a time
 _OTHERS = 32  # experts that all are compared with at a time
 
 
@@ -59,10 +58,10 @@ def router(
     """
     (rows, hidden), experts = x.shape, weight.shape[0]
     logits = x.new_empty(rows, experts, dtype=torch.float32)
-    _logits_kernel[(experts, triton.cdiv(rows, _ROWS))](
-        x, weight, logits, rows,
-        STRIDE=x.stride(0), HIDDEN=hidden, EXPERTS=experts, ROWS=_ROWS,
-        COLUMNS=min(_COLUMNS, triton.next_power_of_2(hidden)), **overlapping(),
+    _logits_kernel[(experts, rows)](
+        x, weight, logits,
+        STRIDE=x.stride(0), HIDDEN=hidden, EXPERTS=experts,
+        COLUMNS=min(_COLUMNS, triton.next_power_of_2(hidden)), num_warps=8, **overlapping(),
     )  # fmt: skip
     _choice_kernel[(rows,)](
         logits, e_score_correction_bias, choices, weights,
@@ -72,24 +71,21 @@ def router(
     )  # fmt: skip
 
 
-# Left to itself Triton compiles another kernel for one row, whose sums might be ordered differently.
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _logits_kernel(
-    x, weight, logits, rows,
-    STRIDE: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+    x, weight, logits,
+    STRIDE: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
-    expert = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    expert, row = tl.program_id(0), tl.program_id(1)
+    products = tl.zeros([COLUMNS], tl.float32)
     for start in tl.static_range(0, HIDDEN, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
-        gate = tl.load(weight + expert * HIDDEN + column, mask=column < HIDDEN, other=0.0)
-        values = tl.load(x + row[:, None] * STRIDE + column[None, :], mask=inside, other=0.0)
-        products += values.to(tl.float32) * gate[None, :]
-    tl.store(logits + row * EXPERTS + expert, tl.sum(products, 1), mask=row < rows)
+        inside = column < HIDDEN
+        gate = tl.load(weight + expert * HIDDEN + column, mask=inside, other=0.0)
+        products += tl.load(x + row * STRIDE + column, mask=inside, other=0.0).to(tl.float32) * gate
+    tl.store(logits + row * EXPERTS + expert, tl.sum(products, 0))
 
 
 @triton.jit

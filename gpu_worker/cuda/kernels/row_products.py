@@ -16,11 +16,12 @@ import triton.language as tl
 
 from gpu_worker.cuda.kernels.packed_words import (
     INTERPRETED,
-    LookUp,
     activations,
     block_norms,
-    code_words,
+    centroid_table,
+    codes_of,
     four_products,
+    raw_words,
 )
 
 _CHUNK = 8  # blocks that a warp's lanes load together, 16 bytes each
@@ -39,7 +40,7 @@ class RowShape:
         self._chunks, self._warps = triton.cdiv(blocks, chunk * warps), warps
         self.constants: dict[str, Any] = {
             "BITS": bits, "BLOCKS": blocks, "SPAN": chunk * warps, "CHUNKS": self._chunks,
-            "ASSEMBLY": LookUp(bits).products, "AT_ONCE": 64 if INTERPRETED else 1, "num_warps": warps,
+            "AT_ONCE": 64 if INTERPRETED else 1, "num_warps": warps,
         }  # fmt: skip
 
     def rows(self, outs: int, matrices: int = 1) -> int:
@@ -54,21 +55,25 @@ def _multiprocessors() -> int:
 
 
 @triton.jit
-def _row_weights(
+def _row_words(
     low, high, norms, row, CHUNK: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
-    SPAN: tl.constexpr, CHUNKS: tl.constexpr, LOOSE: tl.constexpr,
+    SPAN: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Codes (even, odd; see `code_words`) and norms of a chunk of rows (rows, 1); nothing beyond CHUNKS."""
-    word = tl.arange(0, SPAN * 16)[None, :] + row * 0
+    """Words (see `raw_words`) and norms of a chunk of rows (rows, 1), as loaded; nothing beyond CHUNKS.
+
+    Taken apart only when they are multiplied: that would wait for the load.
+    """
+    word, four = tl.arange(0, SPAN * 16)[None, :] + row * 0, tl.arange(0, SPAN * 4)[None, :] + row * 0
     if CHUNK < CHUNKS:
-        first: tl.constexpr = CHUNK * SPAN
-        full: tl.constexpr = first + SPAN <= BLOCKS
-        valid = first + word // 16 < BLOCKS
-        even, odd = code_words(low, high, row, first, word, valid, BITS, BLOCKS, full, LOOSE)
-        scale = block_norms(norms, row, first, word, valid, BLOCKS, full)
+        block: tl.constexpr = CHUNK * SPAN
+        full: tl.constexpr = block + SPAN <= BLOCKS
+        first, second = raw_words(
+            low, high, row, block, word, block + word // 16 < BLOCKS, BITS, BLOCKS, full
+        )
+        scale = block_norms(norms, row, block, four, block + four // 4 < BLOCKS, BLOCKS, full)
     else:
-        even, odd, scale = word, word, word.to(tl.float32)
-    return even, odd, scale
+        first, second, scale = word, word, four.to(tl.float16)
+    return first, second, scale
 
 
 @triton.jit
@@ -90,17 +95,21 @@ def _row_activations(x, CHUNK: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.cons
 
 
 @triton.jit
-def _chunk_products(even, odd, scale, x, codebook, ASSEMBLY: tl.constexpr):
+def _chunk_products(first, second, scale, x, table, BITS: tl.constexpr):
+    """Sums of four words' products each: (rows, words / 4). A lane has four words, and their norm."""
+    word = tl.arange(0, first.shape[1])[None, :]
+    even, odd = codes_of(first, second, word, BITS)
     a, b, c, d, e, f, g, h = x
-    sums = four_products(even, codebook, a, b, c, d, tl.zeros_like(even).to(tl.float32), ASSEMBLY)
-    return four_products(odd, codebook, e, f, g, h, sums, ASSEMBLY) * scale
+    sums = four_products(even, table, a, b, c, d, tl.zeros_like(even).to(tl.float32), BITS)
+    sums = four_products(odd, table, e, f, g, h, sums, BITS)
+    return tl.sum(tl.reshape(sums, [first.shape[0], first.shape[1] // 4, 4]), 2) * scale.to(tl.float32)
 
 
 @triton.jit
 def row_products(
     low, high, norms, codebook, x, y, residual, begin, end,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr,
-    ASSEMBLY: tl.constexpr, AT_ONCE: tl.constexpr, ADD: tl.constexpr,
+    AT_ONCE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """y[row] = W[row] . x for rows begin to end - 1, plus residual[row] where ADD, in y's type.
 
@@ -109,34 +118,30 @@ def row_products(
     """
     lane = tl.arange(0, AT_ONCE)
     row = tl.minimum(begin + lane, end - 1)[:, None]
-    even0, odd0, scale0 = _row_weights(low, high, norms, row, 0, BITS, BLOCKS, SPAN, CHUNKS, ASSEMBLY != "")
-    even1, odd1, scale1 = _row_weights(low, high, norms, row, 1, BITS, BLOCKS, SPAN, CHUNKS, ASSEMBLY != "")
-    even2, odd2, scale2 = _row_weights(low, high, norms, row, 2, BITS, BLOCKS, SPAN, CHUNKS, ASSEMBLY != "")
+    first0, second0, scale0 = _row_words(low, high, norms, row, 0, BITS, BLOCKS, SPAN, CHUNKS)
+    first1, second1, scale1 = _row_words(low, high, norms, row, 1, BITS, BLOCKS, SPAN, CHUNKS)
+    first2, second2, scale2 = _row_words(low, high, norms, row, 2, BITS, BLOCKS, SPAN, CHUNKS)
     x0 = _row_activations(x, 0, BLOCKS, SPAN, CHUNKS)
     x1 = _row_activations(x, 1, BLOCKS, SPAN, CHUNKS)
     x2 = _row_activations(x, 2, BLOCKS, SPAN, CHUNKS)
+    table = centroid_table(codebook, first0, BITS)
     for start in tl.range(begin, end, AT_ONCE, num_stages=1):
+        # A chunk is loaded anew as soon as it is used: the load has the time of the other chunks. The ifs are
+        # always taken. Without them the compiler mixes the chunks, and puts all loads off to the row's end.
         row = tl.minimum(start + AT_ONCE + lane, end - 1)[:, None]
-        next_even0, next_odd0, next_scale0 = _row_weights(
-            low, high, norms, row, 0, BITS, BLOCKS, SPAN, CHUNKS, ASSEMBLY != ""
-        )
-        next_even1, next_odd1, next_scale1 = _row_weights(
-            low, high, norms, row, 1, BITS, BLOCKS, SPAN, CHUNKS, ASSEMBLY != ""
-        )
-        next_even2, next_odd2, next_scale2 = _row_weights(
-            low, high, norms, row, 2, BITS, BLOCKS, SPAN, CHUNKS, ASSEMBLY != ""
-        )
-        total = _chunk_products(even0, odd0, scale0, x0, codebook, ASSEMBLY)
-        if CHUNKS > 1:
-            total += _chunk_products(even1, odd1, scale1, x1, codebook, ASSEMBLY)
-        if CHUNKS > 2:
-            total += _chunk_products(even2, odd2, scale2, x2, codebook, ASSEMBLY)
+        total = _chunk_products(first0, second0, scale0, x0, table, BITS)
+        first0, second0, scale0 = _row_words(low, high, norms, row, 0, BITS, BLOCKS, SPAN, CHUNKS)
+        if CHUNKS > 1:  # noqa: SIM102, the compiler's if and the device's
+            if end > 0:
+                total += _chunk_products(first1, second1, scale1, x1, table, BITS)
+                first1, second1, scale1 = _row_words(low, high, norms, row, 1, BITS, BLOCKS, SPAN, CHUNKS)
+        if CHUNKS > 2:  # noqa: SIM102
+            if begin > -1:
+                total += _chunk_products(first2, second2, scale2, x2, table, BITS)
+                first2, second2, scale2 = _row_words(low, high, norms, row, 2, BITS, BLOCKS, SPAN, CHUNKS)
         sums = tl.sum(total, 1)
         out = start + lane
         inside = out < end
         if ADD:
             sums += tl.load(residual + out, mask=inside, other=0.0).to(tl.float32)
         tl.store(y + out, sums.to(y.dtype.element_ty), mask=inside)
-        even0, odd0, scale0 = next_even0, next_odd0, next_scale0
-        even1, odd1, scale1 = next_even1, next_odd1, next_scale1
-        even2, odd2, scale2 = next_even2, next_odd2, next_scale2
