@@ -50,7 +50,8 @@ def main() -> None:
     with WorkerClient(address) as client:
         info, failed_before = client.model_info(), client.stats().requests_failed
         draw = random.Random(args.seed)
-        ask(client, tuple(range(8)), 8)  # whatever is allocated at first use
+        # Whatever is allocated at first use, and for the longest prompt.
+        ask(client, tuple(token % info.vocab_size for token in range(info.max_context // 2)), 8)
         before = memory()
         started = time.monotonic()
         repeated = sum(soak(client, draw, args.requests, info.vocab_size, info.max_context))

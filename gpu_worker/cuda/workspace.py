@@ -39,9 +39,9 @@ def _mamba(config: ModelConfig, chunk: int, size: int) -> int:
     projected, mixed = chunk * outs * size, chunk * inner * size
     tokens = min(chunk, SCANNED_TOKENS)
     conv = tokens * config.conv_dim * (2 * size + 2 * _WIDE)
-    decays = tokens * heads * config.chunk_size * 3 * _WIDE  # in float64, and once more in float32
-    states = tokens // config.chunk_size * inner * config.ssm_state_size * _WIDE
-    scan = conv + max(decays + 4 * tokens * inner * _WIDE, 2 * states + 6 * tokens * inner * _WIDE)
+    decays = tokens * heads * 2 * _WIDE  # in float64
+    states = -(-tokens // config.chunk_size) * inner * config.ssm_state_size * _WIDE
+    scan = conv + max(decays + states + tokens * inner * size, 6 * tokens * inner * _WIDE)
     return projected + max(
         _projection(outs, config.hidden_size, chunk, size),
         mixed + scan,

@@ -6,6 +6,8 @@ sequence of t tokens, decode b sequences of one. The scan itself is in `ssd.py`,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,8 @@ from gpu_worker.model.ssd import ssd_chunk_scan, ssd_step
 from gpu_worker.model.states import PrefillStep, Step
 from gpu_worker.model.weights import Mamba2Weights
 
-SCANNED_TOKENS = 1024  # at a time, where PyTorch scans: it takes 200 KB of memory for a token of the 30B
+SCANNED_TOKENS = 1024  # at a time, where the native kernel does not: PyTorch takes 200 KB for one of the 30B
+ChunkScan = Callable[..., tuple[Tensor, Tensor]]  # see `ssd_chunk_scan`
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +52,15 @@ def time_step(dt: Tensor, dt_bias: Tensor, time_step_min: float) -> Tensor:
 class Mamba2:
     """The mixer of the `index`-th Mamba-2 block."""
 
-    def __init__(self, weights: Mamba2Weights, config: ModelConfig, index: int) -> None:
+    def __init__(
+        self,
+        weights: Mamba2Weights,
+        config: ModelConfig,
+        index: int,
+        chunk_scan: ChunkScan = ssd_chunk_scan,
+    ) -> None:
         self.weights, self.config, self.index = weights, config, index
+        self._chunk_scan = chunk_scan
         self._kernel = Mamba2Kernel(weights, config)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
@@ -96,6 +106,6 @@ class Mamba2:
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         A, D = self.weights.A, self.weights.D
         if x.shape[1] > 1:
-            return ssd_chunk_scan(x, dt, A, B, C, D, self.config.chunk_size, state)
+            return self._chunk_scan(x, dt, A, B, C, D, self.config.chunk_size, state)
         y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
         return y[:, None], state

@@ -40,7 +40,10 @@ def test_any_shape(rows: int, outs: int, columns: int, seed: int) -> None:
     matrix, x = packed(outs, columns, 5, device, seed), torch.randn(rows, columns, device=device)
     rotated, residual = rotate(x), torch.randn(rows, outs, device=device)
     y = PackedProduct(matrix)(rotated, residual, torch.float32)
-    assert relative_error(y, product_plain(rotated, matrix, residual, torch.float32)) < 2e-6
+    # Beside what such sums usually are: one of few columns may be next to nothing by chance.
+    usual = torch.outer(x.norm(dim=1), matrix.decode().float().norm(dim=1)) / columns**0.5
+    error = y - product_plain(rotated, matrix, residual, torch.float32)
+    assert error.norm() < 2e-6 * (usual.norm() + residual.norm())
 
 
 def test_a_codebook_of_another_packer(device: torch.device) -> None:
