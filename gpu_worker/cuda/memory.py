@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # What CUDA takes for a process. It can be told from the rest only as long as nobody else uses the device,
 # so no more than this is believed to be ours; kernels' code comes on top of it when they are first launched.
 _MOST_CONTEXT = 640 << 20
-_CODE = 192 << 20
+_CODE = 288 << 20  # after long prompts, on an H100
 _CUBLAS = 96 << 20  # workspaces, 32 MB for each stream that multiplies plain matrices
 _GRAPH = 16 << 20  # a captured step, its logits apart
 _LARGE, _ROUNDED = 10 << 20, 2 << 20  # PyTorch's allocator rounds sizes from 10 MB up to whole 2 MB
