@@ -7,6 +7,7 @@ silently takes a unix socket over from a living server, so whoever listens holds
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import os
 import stat
 import warnings
@@ -74,6 +75,17 @@ class Address:
     def socket_path(self) -> Path | None:
         """The unix socket, if it is one."""
         return Path(self.target.removeprefix("unix:")) if self.target.startswith("unix:") else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nobody outside this machine can reach it."""
+        if self.socket_path is not None:
+            return True
+        host = self.target.rpartition(":")[0].strip("[]")
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"  # any other name is what a name server says it is
 
     def beside(self, suffix: str) -> Path:
         """A path that belongs to this address: beside its socket, or in the runtime directory."""

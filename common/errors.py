@@ -52,7 +52,25 @@ class Unavailable(ServingError):
     status = grpc.StatusCode.UNAVAILABLE
 
 
+class DeadlineExceeded(Unavailable):
+    """The caller's own time limit passed before the answer was complete; a longer one may do."""
+
+    status = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 class Exhausted(ServingError):
     """A bounded resource (memory, queue, leases) is used up."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unauthenticated(ServingError):
+    """The caller did not show who it is, with an API key that is known."""
+
+    status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(ServingError):
+    """The caller is known, and may not do this; asking again will not help."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED

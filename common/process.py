@@ -1,7 +1,7 @@
 """The life of a process that both share: privacy, logging, the event loop, signals, and the exit status.
 
 A process runs one service to its end. SIGINT and SIGTERM ask it to stop in good order; a second signal ends
-it at once.
+it at once. SIGHUP makes it read its configuration again.
 """
 
 from __future__ import annotations
@@ -9,43 +9,53 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvloop
 from rich.console import Console
 from rich.markup import escape
 
+from common import logs
 from common.errors import ConfigError, ServingError
+
+if TYPE_CHECKING:
+    from common.process_config import ProcessConfig
 
 EXIT_FAILURE = 1
 EXIT_INVARIANT = 70  # sysexits.h EX_SOFTWARE: a bug of ours, not of the user
+
+_RESERVED_DESCRIPTORS = 64  # for files, the data plane, and what libraries open now and then
+_LEAST_CONNECTIONS, _MOST_CONNECTIONS = 16, 65536
 
 log = logging.getLogger(__name__)
 errors_console = Console(stderr=True, highlight=False)
 
 
-def configure_process() -> None:
+def configure_process(log_level: str, log_format: str) -> None:
     """Everything this process makes is its owner's alone; logs go to stderr."""
     os.umask(0o077)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every client takes a descriptor
     # Until the loop takes over: signals unwind, so that what was claimed is released.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _unwind)
+    global _had_terminal
+    _had_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()  # no nohup
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # gRPC's own notices (fork handlers, lame-duck sockets) are not for users.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    level = os.environ.get("EXPERT_SERVING_LOG", "INFO").upper()
-    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise ConfigError(f"EXPERT_SERVING_LOG must be DEBUG, INFO, WARNING or ERROR, not {level!r}")
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
-    )
+    logs.configure(log_level, log_format)
 
 
 _asked_to_stop = False
+_had_terminal = False
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:
@@ -64,11 +74,14 @@ class Service(Protocol):
     def stop(self) -> None:
         """Ask it to end in good order; called on the loop."""
 
+    def reload(self) -> None:
+        """SIGHUP: take up what may change while it runs; called on the loop. A ServingError keeps the old."""
+
     def fail(self, error: BaseException) -> None:
         """An invariant broke: end with EXIT_INVARIANT; called on the loop."""
 
 
-def run_service(make: Callable[[], Service]) -> int:
+def run_service(make: Callable[[], Service], reread: Callable[[], ProcessConfig]) -> int:
     """Make a service on a new uvloop (gRPC binds what it makes to the running loop) and run it to its end."""
 
     async def supervised() -> int:
@@ -77,11 +90,62 @@ def run_service(make: Callable[[], Service]) -> int:
         loop.set_exception_handler(partial(_on_loop_exception, service))
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, _stop_once, loop, number, service.stop)
-        if _asked_to_stop:
+        loop.add_signal_handler(signal.SIGHUP, _hang_up, service, reread)
+        if _asked_to_stop or _terminal_is_gone():
             service.stop()
         return await service.run()
 
     return uvloop.run(supervised())
+
+
+def _hang_up(service: Service, reread: Callable[[], ProcessConfig]) -> None:
+    """SIGHUP says "reload" to what runs in the background, and "your terminal is gone" to what ran in one."""
+    if _terminal_is_gone():
+        service.stop()
+        return
+    try:
+        level = reread().log_level
+        service.reload()
+    except ServingError as error:
+        log.error("reloading failed, all stays as it was: %s", error)
+    else:
+        logging.getLogger().setLevel(level)
+        log.info("reloaded")
+
+
+def _terminal_is_gone() -> bool:
+    return _had_terminal and not _has_terminal()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def connections_allowed() -> int:
+    """Clients that may be connected at a time, so that descriptors are left for all else the process does.
+
+    Without this, clients could take them all, and ZeroMQ ends a process that has none to accept a peer with.
+    Raises ConfigError when the limit of open files is too low to serve at all.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    left = limit - len(list(Path("/proc/self/fd").iterdir())) - _RESERVED_DESCRIPTORS
+    if left < _LEAST_CONNECTIONS:
+        raise ConfigError(
+            f"the limit of open files, {limit}, leaves {max(0, left)} for clients' connections; raise it by "
+            f"{_LEAST_CONNECTIONS - left} or more (`ulimit -n`, or LimitNOFILE= of the systemd unit)"
+        )
+    return min(left, _MOST_CONNECTIONS)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, with what it has touched of shared segments."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def watch(task: asyncio.Task[None], fail: Callable[[BaseException], None]) -> asyncio.Task[None]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from common import tracing
 from common.addresses import Address, AddressClaim
 from common.grpc_client import channel_to, wait_until_serving
 from common.message_json import print_json
+from common.options import configured_by
 from common.process import configure_process, run_command, run_service
+from common.process_config import ADDRESS_HELP
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
-from common.units import format_bytes, parse_size
+from common.units import format_bytes
 from expert_store import files_cli, synth_cli, unpack_cli
 from expert_store.config import StoreConfig
 
@@ -30,50 +34,29 @@ files_cli.register(app)
 unpack_cli.register(app)
 synth_cli.register(app)
 
-_ADDRESS_HELP = "unix:PATH or HOST:PORT; default: a socket in your private runtime directory."
-StoreOption = Annotated[str | None, typer.Option("--store", help=_ADDRESS_HELP, metavar="ADDRESS")]
+StoreOption = Annotated[str | None, typer.Option("--store", help=ADDRESS_HELP, metavar="ADDRESS")]
 
 
 @app.command()
-def start(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A packed directory, a Hugging Face directory (packed on first start), a Hugging Face id, "
-            "or 'demo'."
-        ),
-    ],
-    listen: Annotated[str | None, typer.Option(help=_ADDRESS_HELP, metavar="ADDRESS")] = None,
-    bits: Annotated[
-        int | None,
-        typer.Option(
-            help="Bits per weight when MODEL must be packed first: 2, 3, 4, 5, 6, 8 or 16; default: what it "
-            "has if it is quantized, else 5."
-        ),
-    ] = None,
-    ram: Annotated[
-        str | None,
-        typer.Option(help="Memory for experts, like 8GB; default: all of them if they fit.", metavar="SIZE"),
-    ] = None,
-) -> None:
+@configured_by(StoreConfig)
+def start(config: StoreConfig, reread: Callable[[], StoreConfig]) -> None:
     """Load MODEL's experts and serve them until stopped (Ctrl-C, SIGTERM, or `expert-store stop`).
 
     Workers can attach as soon as it says "ready", before the last expert is loaded.
 
     Example: expert-store start demo
     """
-    configure_process()
-    address = Address.of_option(listen, "store")
-    config = StoreConfig(model, address, parse_size(ram) if ram else None)
+    configure_process(config.log_level, config.log_format)
     console = Console(stderr=True)
-    claim = AddressClaim(address)
+    claim = AddressClaim(config.listen)
     try:
         # Imported here: help, stats and a wrong option should not wait for PyTorch.
         from expert_store.models import resolve_model
         from expert_store.server import Store
 
-        checkpoint = resolve_model(model, bits, console)
-        status = run_service(lambda: Store(config, checkpoint, claim.data_path, console))
+        checkpoint = resolve_model(config.model, config.bits, console)
+        with tracing.exporting("expert-store"):
+            status = run_service(lambda: Store(config, checkpoint, claim.data_path, console), reread)
     finally:
         claim.release()
     raise typer.Exit(status)

@@ -1,0 +1,82 @@
+"""What the requests of one API key are using, held against the limits of that key.
+
+The server's interceptor (`common.key_guard`) begins and ends requests; whoever counts their tokens calls
+`check_allowance`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from common.errors import Exhausted, PermissionDenied
+
+if TYPE_CHECKING:
+    from common.api_keys import KeyRules
+
+_MINUTE = 60.0
+
+
+class KeyUsage:
+    """Requests now and within the last minute. Used on one event loop."""
+
+    def __init__(self, name: str, rules: KeyRules) -> None:
+        self.name, self.rules = name, rules
+        self.running = 0
+        self._begun: deque[float] = deque()
+
+    def begin(self) -> None:
+        """A request arrives, to which `end` belongs; Exhausted, saying when to try again, if it may not."""
+        self._check_concurrency()
+        self._check_rate()
+        self.running += 1
+        _current.set(self)
+
+    def end(self) -> None:
+        self.running -= 1
+        assert self.running >= 0
+
+    def check_allowance(self, prompt: int, output: int, priority: int) -> None:
+        """Raises PermissionDenied for more tokens, or before more others, than this key may ask for."""
+        rules, who = self.rules, f"key {self.name!r} may"
+        if rules.max_prompt_tokens is not None and prompt > rules.max_prompt_tokens:
+            raise PermissionDenied(f"{who} send prompts of {rules.max_prompt_tokens} tokens, not of {prompt}")
+        if rules.max_output_tokens is not None and output > rules.max_output_tokens:
+            raise PermissionDenied(
+                f"{who} ask for {rules.max_output_tokens} tokens a request, not for {output}: "
+                "lower max_new_tokens, or the number of samples"
+            )
+        if rules.max_priority is not None and priority > rules.max_priority:
+            raise PermissionDenied(f"{who} ask for a priority of {rules.max_priority}, not of {priority}")
+
+    def _check_concurrency(self) -> None:
+        most = self.rules.max_concurrent_requests
+        if most is not None and self.running >= most:
+            raise Exhausted(f"key {self.name!r} may have {most} requests at a time; wait for one to end")
+
+    def _check_rate(self) -> None:
+        """Counts a request that may begin."""
+        most = self.rules.requests_per_minute
+        if most is None:
+            return
+        now = time.monotonic()
+        while self._begun and now - self._begun[0] >= _MINUTE:
+            self._begun.popleft()
+        if len(self._begun) >= most:
+            wait = _MINUTE - (now - self._begun[-most])
+            raise Exhausted(
+                f"key {self.name!r} may begin {most} requests a minute; try again in {wait:.0f} s"
+            )
+        self._begun.append(now)
+
+
+_current: ContextVar[KeyUsage | None] = ContextVar("key_usage", default=None)
+
+
+def check_allowance(prompt: int, output: int = 0, priority: int = 0) -> None:
+    """The same for the key of the request being answered, if keys are asked for."""
+    usage = _current.get()
+    if usage is not None:
+        usage.check_allowance(prompt, output, priority)

@@ -1,0 +1,119 @@
+"""What SIGHUP means to a process: read the configuration again, or, where a terminal has gone, stop."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import asyncio, logging, os, signal, sys
+from functools import partial
+from pathlib import Path
+from common.errors import ConfigError
+from common.options import resolve
+from common.process import configure_process, run_service
+from common.process_config import ProcessConfig
+
+file, terminal = Path(sys.argv[1]), sys.argv[2]
+
+class Service:
+    def __init__(self):
+        self.ended = asyncio.Event()
+
+    async def run(self):
+        print("up", flush=True)
+        await self.ended.wait()
+        return 0
+
+    def stop(self):
+        self.ended.set()
+
+    def reload(self):
+        print("reload at", logging.getLevelName(logging.getLogger().level), flush=True)
+
+if terminal:
+    os.open(terminal, os.O_RDWR)  # a session's leader gets its terminal by opening one
+configure_process("INFO", "text")
+sys.exit(run_service(Service, partial(resolve, ProcessConfig, {}, file)))
+"""
+
+
+class Running:
+    """The program in a session of its own, up."""
+
+    def __init__(self, file: Path, terminal: str = "", *before: str) -> None:
+        command = [*before, sys.executable, "-c", PROGRAM, str(file), terminal]
+        self.popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.expect("up")
+
+    def expect(self, text: str) -> None:
+        """Read on to the next line that has it."""
+        assert self.popen.stdout is not None
+        seen = []
+        for line in self.popen.stdout:
+            if text in line:
+                return
+            seen.append(line)
+        raise AssertionError(f"no {text!r} in {seen}")
+
+    def hang_up(self) -> None:
+        self.popen.send_signal(signal.SIGHUP)
+
+    def end(self) -> int:
+        self.popen.terminate()
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
+        return self.popen.wait(20)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "process.toml"
+    path.write_text('log-level = "info"\n')
+    return path
+
+
+def test_sighup_reads_the_configuration_again(file: Path) -> None:
+    running = Running(file)
+    file.write_text('log-level = "debug"\n')
+    running.hang_up()
+    running.expect("reload at INFO")
+    running.expect("reloaded")  # the level changes once everything has been taken up
+    file.write_text('log-levle = "error"\n')
+    running.hang_up()
+    running.expect("reloading failed, all stays as it was: ")
+    file.write_text('log-level = "error"\n')
+    running.hang_up()
+    running.expect("reload at DEBUG")
+    assert running.end() == 0
+
+
+@pytest.mark.parametrize("before", [(), ("nohup",)])
+def test_a_terminal_that_goes_away_stops_what_ran_in_it_unless_told_otherwise(
+    file: Path, before: tuple[str, ...]
+) -> None:
+    ours, theirs = pty.openpty()
+    running = Running(file, os.ttyname(theirs), *before)
+    running.hang_up()  # the terminal is there
+    running.expect("reload at INFO")
+    os.close(theirs)
+    os.close(ours)  # the kernel sends SIGHUP
+    if before:
+        running.expect("reload at INFO")
+        assert running.end() == 0
+    else:
+        assert running.popen.wait(20) == 0
+        running.end()
