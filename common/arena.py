@@ -21,9 +21,11 @@ import fcntl
 import mmap
 import os
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +35,10 @@ from torch import Tensor
 
 from common.errors import Exhausted, Incompatible
 from common.expert_key import ExpertKey
+from common.ownership import open_own
 from common.units import format_bytes
 
-SEGMENT_DIRECTORY = Path("/dev/shm")
+SEGMENT_DIRECTORY = Path("/dev/shm")  # noqa: S108 -- names are random, and what is opened is checked to be ours
 _MAGIC = b"EXARENA\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<8sII32sQQQQQ")
@@ -155,6 +158,8 @@ class OwnedArena(Arena):
             os.close(self._file)
             raise
         self.page_locked = True
+        self._receiving = threading.local()
+        self._opened: list[FileIO] = []
         self._committed = [False] * shape.frames
 
     def commit(self, frames: list[int]) -> None:
@@ -180,21 +185,29 @@ class OwnedArena(Arena):
         For frames without memory, which get it as by `commit`, and for less: the kernel makes each page from
         the bytes it receives, where otherwise it clears it first and maps it alone.
         """
-        again = Path(f"/proc/self/fd/{self._file}")  # opened anew, the segment has a position for this call
-        with again.open("r+b", buffering=0) as segment:
-            for frame in frames:
-                segment.seek(self._offset(frame))
-                end = position + self.shape.stride
-                while position < end:
-                    try:
-                        count = os.sendfile(segment.fileno(), file, position, end - position)
-                    except OSError as error:
-                        raise (_no_memory(error) if error.errno in _NO_MEMORY else error) from None
-                    if count == 0:
-                        return False
-                    position += count
-                self._lock(frame)
+        segment = self._segment()
+        for frame in frames:
+            segment.seek(self._offset(frame))
+            end = position + self.shape.stride
+            while position < end:
+                try:
+                    count = os.sendfile(segment.fileno(), file, position, end - position)
+                except OSError as error:
+                    raise (_no_memory(error) if error.errno in _NO_MEMORY else error) from None
+                if count == 0:
+                    return False
+                position += count
+            self._lock(frame)
         return True
+
+    def _segment(self) -> FileIO:
+        """The segment opened anew, so that it has a position of this thread's own; once, so that staging
+        goes on where no more files can be opened."""
+        if not hasattr(self._receiving, "segment"):
+            self._receiving.segment = FileIO(f"/proc/self/fd/{self._file}", "r+")
+            self._opened.append(self._receiving.segment)
+        segment: FileIO = self._receiving.segment
+        return segment
 
     def _offset(self, frame: int) -> int:
         return self.shape.frames_offset + frame * self.shape.stride
@@ -213,6 +226,8 @@ class OwnedArena(Arena):
     def close(self) -> None:
         """Remove the segment's name; mappings of workers that still decode stay valid."""
         self.path.unlink(missing_ok=True)
+        for segment in self._opened:
+            segment.close()
         os.close(self._file)
 
 
@@ -220,10 +235,15 @@ class MappedArena(Arena):
     """A worker's side: a read-only mapping, valid even after the store has died."""
 
     def __init__(self, path: Path, layout_digest: str) -> None:
-        """Raises Incompatible when the segment is not an arena of this record layout."""
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """Raises Incompatible when the segment is not an arena of this record layout, whole, and
+        PermissionDenied when another user could have made it."""
+        file = open_own(path)
         try:
+            if os.fstat(file).st_size < _HEADER_BYTES:
+                raise Incompatible(f"{path} is no arena: it is shorter than a header")
             shape = ArenaShape.unpack(os.pread(file, _HEADER.size, 0))
+            if os.fstat(file).st_size < shape.size:
+                raise Incompatible(f"arena {path} is shorter than its header says")
             if shape.layout_digest != layout_digest:
                 raise Incompatible(f"arena {path} holds records of another layout ({shape.layout_digest})")
             mapping = mmap.mmap(file, shape.size, prot=mmap.PROT_READ)

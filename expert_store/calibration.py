@@ -56,7 +56,7 @@ def read_text(path: Path, directory: Path) -> Text:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot calibrate on {path}: {error}") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         ids = tokenizer(text, verbose=False)["input_ids"][:MOST_TOKENS]
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
         raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error

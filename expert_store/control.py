@@ -15,6 +15,7 @@ import grpc
 
 from common.errors import Incompatible
 from common.messages import PROTOCOL_VERSION
+from common.process import resident_bytes
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreServicer
 
@@ -67,6 +68,10 @@ class ControlService(ExpertStoreServicer):
         return pb.StopStoreReply()
 
     async def Stats(self, request: pb.StoreStatsRequest, context: Context) -> pb.StoreStats:
+        return self.stats()
+
+    def stats(self) -> pb.StoreStats:
+        """To be called on the event loop."""
         store = self.store
         frames, stager, counters = store.frames, store.stager, store.misses.counters
         shape = store.arena.shape
@@ -90,6 +95,9 @@ class ControlService(ExpertStoreServicer):
             demands_ready=counters.demands_ready,
             hints=counters.hints,
             evictions=frames.evictions,
+            hinted_bytes=stager.hinted_bytes,
+            refused=counters.refused,
+            resident_bytes=resident_bytes(),
             uptime_seconds=time.monotonic() - store.started,
             leases=[
                 pb.LeaseInfo(

@@ -37,6 +37,9 @@ class LeaseTable:
     def __iter__(self) -> Iterator[Lease]:
         return iter(list(self._leases.values()))
 
+    def __len__(self) -> int:
+        return len(self._leases)
+
     def __contains__(self, lease_id: int) -> bool:
         return lease_id in self._leases
 

@@ -1,20 +1,22 @@
 """The data plane: answers workers' STAGE, RELEASE and HINT messages on the event loop.
 
 The socket is drained by a reader callback, not by awaiting each message: a STAGE for a READY frame is then
-answered within one wake-up. Each request gets exactly one reply; what a peer or a disk does wrong becomes
-one here.
+answered within one wake-up. ZeroMQ takes from its peers in turns, and no more than `_MOST_AT_ONCE` messages
+are taken before the loop does what else there is to do, so a peer that floods delays the others and stops
+nobody. Each request gets exactly one reply; what a peer or a disk does wrong becomes one here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
 
-from common.errors import Exhausted
+from common.errors import Exhausted, NotFound
 from common.messages import (
     Done,
     Failed,
@@ -29,11 +31,18 @@ from common.messages import (
 )
 from expert_store.frames import FrameTable
 from expert_store.leases import LeaseTable
+from expert_store.stage_watch import StageWatch
 from expert_store.staging import Stager
 
 log = logging.getLogger(__name__)
 
-STAGE_TIMEOUT = 20.0  # seconds until a demand that finds no frame (all pinned) is told so
+STAGE_TIMEOUT = 20.0  # seconds until a demand that finds no frame, or a slow disk, is told so
+MOST_WAITING = 1024  # demands of one lease; a worker asks for the experts of one layer at a time
+_MOST_AT_ONCE = 256
+_FAULTS: dict[type[Exception], Fault] = {
+    Exhausted: Fault.NO_FRAME,
+    NotFound: Fault.NO_LEASE,
+}  # what else goes wrong is the disk's fault
 
 
 @dataclass
@@ -41,6 +50,7 @@ class Counters:
     demands: int = 0
     demands_ready: int = 0
     hints: int = 0
+    refused: int = 0  # messages that were answered by an error
 
 
 class MissLoop:
@@ -50,9 +60,11 @@ class MissLoop:
         self.counters = Counters()
         self.endpoint = f"ipc://{path}"
         self._frames, self._leases, self._stager = frames, leases, stager
+        self._waiting: dict[int, set[tuple[bytes, int]]] = {}  # of each lease: the STAGEs without a reply yet
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
+        self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())  # the kernel says who connects
         self._socket.bind(self.endpoint)
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
 
@@ -66,11 +78,14 @@ class MissLoop:
     def _drain(self) -> None:
         # ZeroMQ's descriptor is edge-triggered: it signals again only after everything has been received.
         socket = self._socket
-        while not socket.closed and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        for _ in range(_MOST_AT_ONCE):
+            if socket.closed or not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                return
             peer, data = socket.recv(), socket.recv()
             while socket.getsockopt(zmq.RCVMORE):  # not a peer of ours: one message is one frame
                 data += socket.recv()
             self._receive(peer, data)
+        asyncio.get_running_loop().call_soon(self._drain)
 
     def _receive(self, peer: bytes, data: bytes) -> None:
         try:
@@ -98,30 +113,59 @@ class MissLoop:
         return None
 
     def _stage(self, peer: bytes, request: Request) -> None:
-        self.counters.demands += 1
-        key = request.keys[0]
-        if self._frames.is_ready(key):
-            self.counters.demands_ready += 1
-            self._reply(peer, self._pin(request))
+        lease, key, asked = request.lease_id, request.keys[0], (peer, request.request_id)
+        waiting = self._waiting.setdefault(lease, set())
+        if asked in waiting:
+            return  # the same again, because it takes long; one reply answers both
+        if len(waiting) >= MOST_WAITING:
+            text = f"{MOST_WAITING} demands of this worker are waiting already"
+            self._reply(peer, Failed(request.request_id, Fault.BUSY, text))
             return
-        timer: asyncio.TimerHandle | None = None
+        ready = self._frames.is_ready(key)
+        self.counters.demands += 1
+        self.counters.demands_ready += ready
+        waiting.add(asked)
+        watch = StageWatch(request, ready)
+
+        def end(reply: Reply) -> None:
+            watch.end(reply)
+            self._reply_unasked(peer, reply)
 
         def on_staged(error: Exception | None) -> None:
-            assert timer is not None
             timer.cancel()
+            self._end_wait(lease, asked)
             if error is not None:
-                fault = Fault.NO_FRAME if isinstance(error, Exhausted) else Fault.UNREADABLE
-                self._reply_unasked(peer, Failed(request.request_id, fault, f"{key}: {error}"))
+                fault = _FAULTS.get(type(error), Fault.UNREADABLE)
+                end(Failed(request.request_id, fault, f"{key}: {error}"))
             else:
-                self._reply_unasked(peer, self._pin(request))
+                end(self._pin(request))
 
         def on_timeout() -> None:
-            self._stager.withdraw(key, on_staged)
-            text = f"{key}: no frame came free within {STAGE_TIMEOUT:.0f} s; the store needs a larger --ram"
-            self._reply_unasked(peer, Failed(request.request_id, Fault.NO_FRAME, text))
+            self._stager.withdraw(lease, key, on_staged)
+            self._end_wait(lease, asked)
+            end(self._too_late(request))
 
         timer = asyncio.get_running_loop().call_later(STAGE_TIMEOUT, on_timeout)
-        self._stager.demand(key, on_staged)
+        self._stager.demand(lease, key, on_staged)
+
+    def _end_wait(self, lease: int, asked: tuple[bytes, int]) -> None:
+        waiting = self._waiting[lease]
+        waiting.remove(asked)
+        if not waiting:
+            del self._waiting[lease]
+
+    def _too_late(self, request: Request) -> Failed:
+        """What a demand has waited for in vain."""
+        key, within = request.keys[0], f"within {STAGE_TIMEOUT:.0f} s"
+        if self._frames.is_staging(key) or self._stager.is_full():
+            text = f"{key}: the disk did not deliver it {within}"
+            return Failed(request.request_id, Fault.TOO_SLOW, text)
+        pinned, mine = self._frames.pinned_count, self._frames.pinned_by(request.lease_id)
+        text = (
+            f"{key}: no frame came free {within}: {pinned} of {self._frames.usable} are in use, {mine} of "
+            "them by this worker; the store needs a larger --ram or fewer workers"
+        )
+        return Failed(request.request_id, Fault.NO_FRAME, text)
 
     def _pin(self, request: Request) -> Reply:
         """Pin a READY frame for the asking lease; the lease may have ended while the disk was read."""
@@ -133,14 +177,16 @@ class MissLoop:
         return Staged(request.request_id)
 
     def _release(self, request: Request) -> None:
+        if not request.keys:
+            self._frames.unpin_all(request.lease_id)
         for key in request.keys:
             self._frames.unpin(key, request.lease_id)
-        self._stager.advance()
+        self._stager.released(request.lease_id)
 
     def _hint(self, request: Request) -> None:
         self.counters.hints += len(request.keys)
         for key in request.keys:
-            self._stager.hint(key)
+            self._stager.hint(request.lease_id, key)
 
     def _reply_unasked(self, peer: bytes, reply: Reply) -> None:
         """Reply outside of `_drain`. A send may take in what has arrived and with it the descriptor's edge,
@@ -149,6 +195,7 @@ class MissLoop:
         asyncio.get_running_loop().call_soon(self._drain)
 
     def _reply(self, peer: bytes, reply: Reply) -> None:
+        self.counters.refused += isinstance(reply, Failed)
         try:
             self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
             self._socket.send(pack_reply(reply), zmq.NOBLOCK)

@@ -12,19 +12,22 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from prometheus_client.core import Metric
 from rich.console import Console
 
 from common.arena import ArenaShape, OwnedArena, reclaim_dead_segments
 from common.checkpoint.packed import PackedCheckpoint
 from common.grpc_server import RpcServer
+from common.metrics import MetricsPage, new_registry, read_on_loop
 from common.process import EXIT_INVARIANT, watch
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import add_ExpertStoreServicer_to_server
 from common.units import format_bytes
 from expert_store.config import StoreConfig
 from expert_store.control import ControlService
-from expert_store.frames import FrameTable
+from expert_store.frames import PIN_LIMIT, FrameTable
 from expert_store.leases import LeaseTable
+from expert_store.metrics import figures_of
 from expert_store.miss_loop import MissLoop
 from expert_store.progress_bar import progress_bar
 from expert_store.sizing import choose_frames
@@ -47,6 +50,7 @@ class Store:
         self.exit_status = 0
         self._stopping = asyncio.Event()
         self._console = console
+        self._control = ControlService(self)
         experts = model.num_layers * model.n_routed_experts
         reclaim_dead_segments()  # before free memory is looked at
         budget = choose_frames(config.ram, stride, experts)
@@ -58,9 +62,9 @@ class Store:
             self.arena = OwnedArena(shape)
             resources.callback(self.arena.close)
             self.frames = FrameTable(self.arena)
-            self.stager = Stager(checkpoint, self.frames)
-            resources.callback(self.stager.close)
             self.leases = LeaseTable(config.lease_ttl, ended=self._lease_ended)
+            self.stager = Stager(checkpoint, self.frames, self.leases)
+            resources.callback(self.stager.close)
             self.misses = MissLoop(data_path, self.frames, self.leases, self.stager)
             resources.callback(self.misses.close)
             self.rpc = RpcServer(config.listen, on_fatal=self.fail)
@@ -70,13 +74,19 @@ class Store:
         """Ask the process to end in good order."""
         self._stopping.set()
 
+    def reload(self) -> None:
+        """It has nothing that may change while it runs."""
+
     async def run(self) -> int:
         """Serve until stopped; returns the exit status."""
-        add_ExpertStoreServicer_to_server(ControlService(self), self.rpc.server)
+        add_ExpertStoreServicer_to_server(self._control, self.rpc.server)
         tasks: list[asyncio.Task[None]] = []
         try:
             await self.rpc.start(pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name)
             self.misses.start()
+            if self.config.metrics is not None:
+                page = MetricsPage(self.config.metrics, new_registry(read_on_loop(self._figures)))
+                self._resources.callback(page.close)
             await self.rpc.set_serving(True)
             log.info("ready on %s", self.config.listen)
             background = (self._preload(), self._expire_leases())
@@ -95,15 +105,22 @@ class Store:
         self.exit_status = EXIT_INVARIANT
         self.stop()
 
+    async def _figures(self) -> list[Metric]:
+        return list(figures_of(self._control.stats()))
+
     def _lease_ended(self, lease_id: int) -> None:
         self.frames.unpin_all(lease_id)
-        self.stager.advance()
+        self.stager.drop(lease_id)
+        self.stager.released()  # and everybody's share has grown
 
     async def _expire_leases(self) -> None:
         while True:
             await asyncio.sleep(self.leases.ttl / 4)
             for lease in self.leases.expire():
                 log.warning("worker %s (pid %d) is gone; its lease has ended", lease.worker, lease.pid)
+            if ended := self.frames.end_old_pins():
+                log.warning("%d pins have ended: nobody released them for %g s", ended, PIN_LIMIT)
+                self.stager.released()
 
     async def _preload(self) -> None:
         """Fill the arena."""

@@ -22,8 +22,10 @@ from common.arena import MappedArena
 from common.errors import Incompatible, NotFound, ServingError, Unavailable
 from common.grpc_client import OPTIONS, translate
 from common.messages import PROTOCOL_VERSION
+from common.ownership import check_own_endpoint
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
+from gpu_worker.lifecycle import handed_back
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ class StoreLink:
     def check_interrupted(self) -> None:
         """Raises Unavailable once the worker is stopping."""
         if self.interrupted:
-            raise Unavailable("the worker is stopping")
+            raise handed_back()
 
     def wait_attached(self, timeout: float) -> Attachment:
         """In the engine's thread: the attachment, waiting for a lost store to return; else Unavailable."""
@@ -140,13 +142,14 @@ class StoreLink:
         except grpc.RpcError as error:
             raise translate(error, self.address) from None
         former = self.last_attachment
+        mapped = former.arena if former is not None else None
         if former is not None and former.fingerprint != reply.fingerprint:
             raise Incompatible(f"the store on {self.address} now serves other weights; restart the worker")
         attachment = Attachment(
             lease_id=reply.lease_id,
             lease_ttl=reply.lease_ttl_ms / 1000,
-            arena=_map(Path(reply.arena_path), reply.layout_digest),
-            data_endpoint=reply.data_endpoint,
+            arena=_map(Path(reply.arena_path), reply.layout_digest, mapped),
+            data_endpoint=_own(reply.data_endpoint),
             checkpoint=Path(reply.checkpoint),
             fingerprint=reply.fingerprint,
             all_fit=reply.all_fit,
@@ -192,7 +195,17 @@ class StoreLink:
         return ExpertStoreStub(self._channel)
 
 
-def _map(path: Path, layout_digest: str) -> MappedArena:
+def _own(endpoint: str) -> str:
+    try:
+        check_own_endpoint(endpoint)
+    except OSError as error:  # the store died between its reply and now
+        raise Unavailable(f"the store's data plane is gone: {error}") from None
+    return endpoint
+
+
+def _map(path: Path, layout_digest: str, former: MappedArena | None) -> MappedArena:
+    if former is not None and former.path == path:
+        return former  # only the lease is new: names of segments are not used twice
     try:
         return MappedArena(path, layout_digest)
     except OSError as error:  # the store died between its reply and now, or there is no room for the mapping

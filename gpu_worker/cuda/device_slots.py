@@ -25,7 +25,7 @@ from gpu_worker.cuda.kernels import slots as kernels
 from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory, Misses
 from gpu_worker.cuda.transfers import Download, upload
 from gpu_worker.slots.cache import LayerState
-from gpu_worker.slots.counters import CacheCounters
+from gpu_worker.slots.counters import CacheCounters, LayerCounters
 from gpu_worker.slots.policies import POLICIES, Usage
 
 MAX_PAIRS = 128  # the look-up compares all pairs of a step in one program
@@ -125,9 +125,11 @@ class DeviceSlots:
 
     def counters(self) -> CacheCounters:
         """Hits, misses and bytes since the start; waits for the device."""
-        hits, misses = self.directory.counters.sum(0).tolist()
-        ahead = int(self.awaited.counters[:, 2].sum())
-        return CacheCounters(hits, misses, misses * self.pool.shape[2] + ahead)
+        layers = [LayerCounters(*counted) for counted in self.directory.counters.tolist()]
+        counters = CacheCounters(layers)
+        ahead = sum(copied for _, _, copied in self.awaited.counters.tolist())
+        counters.bytes_fetched = counters.misses * self.pool.shape[2] + ahead
+        return counters
 
     def columns(self, layer: int) -> list[Tensor]:
         """What is known of a layer's slots, as `layer_state` takes it: to be brought to the host."""

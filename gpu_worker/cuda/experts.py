@@ -44,11 +44,12 @@ class DeviceExperts:
     ) -> None:
         """`gates`: the routers of all layers."""
         self.cache = cache
-        self._copies, self._config, self._counters = copies, config, CacheCounters()
+        self._copies, self._config = copies, config
+        self._counters = CacheCounters.of_layers(config.num_layers)
         guesses = self.device_drives(1) and usable(config) and len(gates) > 1
-        self._hints, self._ahead = hints, FetchAhead(hints.mode, cache, guesses)
         fetch = CountedFetch(copies.fetch, self._counters, hints.note_misses)
         self.ring = StagingRing(copies, fetch, layouts.stride, cache.pool.device)
+        self._hints, self._ahead = hints, FetchAhead(hints.mode, cache, self.ring, guesses)
         ahead = self._by_device and hints.mode != "off"
         self._prompts = PromptExperts(layouts, cache, self.ring, ahead, self._counters)
         self._host = HostSteps(layouts, cache, copies, fetch, self._counters, hints, gates, config)
@@ -94,7 +95,8 @@ class DeviceExperts:
         """Before every step that the device drives, once the last one's results were looked at."""
         self._ahead.before_step()
         if self.cache.holds_all:  # then nothing is looked up, nor counted on the device
-            self._counters.hits += rows * self._config.num_experts_per_tok * self._config.num_layers
+            for layer in self._counters.layers:
+                layer.hits += rows * self._config.num_experts_per_tok
 
     def steps(self, rows: int) -> StepExperts:
         """What computes the experts of a step of so many sequences."""

@@ -8,6 +8,7 @@ guessing and copying (`step_experts`, `kernels.prefetch`), hints to the store (`
 from __future__ import annotations
 
 from gpu_worker.cuda.device_slots import DeviceSlots
+from gpu_worker.cuda.staging_ring import StagingRing
 from gpu_worker.slots.hints import HintCounters
 
 # With `auto`: judged over so many steps; off below the useful share, and tried again after so many more.
@@ -19,18 +20,23 @@ _RETRY_STEPS = 4096
 class FetchAhead:
     """Switches it for one worker; `mode` is on, off or auto. For the engine's thread alone."""
 
-    def __init__(self, mode: str, cache: DeviceSlots, able: bool) -> None:
-        """`able`: whether steps can guess: the device drives them, and routers of a kind it knows."""
+    def __init__(self, mode: str, cache: DeviceSlots, ring: StagingRing, able: bool) -> None:
+        """`ring`: what fetches ahead for prompts, which is told with the rest and not judged; `able`: whether
+        steps can guess: the device drives them, and routers of a kind it knows."""
         self.mode, self._able = mode, able
-        self._cache = cache
+        self._cache, self._ring = cache, ring
         self._steps = self._paused_until = 0
         self._judged = HintCounters()
 
     @property
     def counters(self) -> HintCounters:
-        """Experts copied ahead, and those of them that were chosen; waits for the device."""
-        made, useful, _ = self._cache.awaited.counters.sum(0).tolist()
-        return HintCounters(made, useful)
+        """Experts copied ahead of steps, and those of them that were chosen; bytes are of prompts as well.
+        Waits for the device."""
+        made, useful, copied = map(sum, zip(*self._cache.awaited.counters.tolist(), strict=True))
+        needed = useful * self._cache.pool.shape[2]  # what was chosen is copied to its end
+        # A copy in progress may be chosen already.
+        wasted = max(0, copied - needed)
+        return HintCounters(made, useful, needed + self._ring.useful_bytes, wasted + self._ring.wasted_bytes)
 
     def describe(self) -> str:
         """What is in force, and why."""

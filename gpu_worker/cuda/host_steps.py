@@ -64,7 +64,7 @@ class HostSteps:
         products = torch.empty(len(chosen), hidden, device=choices.device)
         needed, fill = sorted(set(chosen)), partial(self._fill, layer)
         try:
-            for wave in waves(slots, needed, self._counters, fill):
+            for wave in waves(slots, needed, self._counters.layers[layer], fill):
                 slot_of = dict(wave)
                 # Pairs of other waves are left alone.
                 slot_ids = [slot_of.get(expert, ABSENT) for expert in chosen]

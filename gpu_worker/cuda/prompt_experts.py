@@ -77,8 +77,9 @@ class PromptExperts:
         slot_of = {expert: slot for slot, expert in enumerate(residents[0]) if expert != ABSENT}
         resident = [expert for expert in needed if expert in slot_of]
         missing = [expert for expert in needed if expert not in slot_of]
-        self._counters.hits += len(resident)
-        self._counters.misses += len(missing)
+        counted = self._counters.layers[layer]
+        counted.hits += len(resident)
+        counted.misses += len(missing)
         keys = [ExpertKey(layer, expert) for expert in missing]
         self._ring.fill(keys)  # before anything is computed: these are on their way meanwhile
 
@@ -104,7 +105,7 @@ class PromptExperts:
             self._cache.settle(layer, settling)
         if self._ahead and len(residents) > 1 and len(needed) >= _NEARLY_ALL * len(spans):
             absent = sorted(set(range(len(spans))).difference(residents[1]))
-            self._ring.fill(ExpertKey(layer + 1, expert) for expert in absent)
+            self._ring.fill((ExpertKey(layer + 1, expert) for expert in absent), ahead=True)
         nothing = torch.zeros_like(x)
         return combine(products, weights, nothing, nothing)
 

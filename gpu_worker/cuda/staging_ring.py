@@ -25,6 +25,7 @@ GROUPS = 4
 class _Wave(NamedTuple):
     group: int
     keys: list[ExpertKey]
+    ahead: bool
     ready: torch.cuda.Event | None
 
 
@@ -38,7 +39,8 @@ class StagingRing:
 
     def __init__(self, copies: RecordCopies, fetch: CountedFetch, stride: int, device: torch.device) -> None:
         """`fetch` counts what `copies` does."""
-        self.wasted_bytes = 0  # of records that were fetched ahead and not wanted then
+        self.useful_bytes = 0  # of records that were fetched ahead and wanted then
+        self.wasted_bytes = 0  # of those that were not
         self._copies, self._fetch, self._device = copies, fetch, device
         self._records = torch.empty(GROUPS, WAVE, stride, dtype=torch.uint8, device=device)
         self._free, self._filled = deque(range(GROUPS)), deque[_Wave]()
@@ -48,17 +50,17 @@ class StagingRing:
     def nbytes(self) -> int:
         return self._records.nbytes
 
-    def fill(self, keys: Iterable[ExpertKey]) -> None:
+    def fill(self, keys: Iterable[ExpertKey], ahead: bool = False) -> None:
         """Start fetching those of `keys` that are not here yet, in order, as far as the ring reaches.
 
-        Raises what `Fetcher.stage` raises.
+        `ahead`: it is not known yet whether they will be wanted. Raises what `Fetcher.stage` raises.
         """
         here = {key for wave in self._filled for key in wave.keys}
         missing = [key for key in keys if key not in here]
         for start in range(0, len(missing), WAVE):
             if not self._free:
                 return
-            self._fill(missing[start : start + WAVE])
+            self._fill(missing[start : start + WAVE], ahead)
 
     def waves(self, keys: Iterable[ExpertKey]) -> Iterator[list[tuple[ExpertKey, Tensor]]]:
         """The records (stride,) of `keys`, some at a time; each valid until the next is taken.
@@ -72,7 +74,9 @@ class StagingRing:
             wait_for(wave.ready)
             records = zip(wave.keys, self._records[wave.group], strict=False)
             useful = [(key, record) for key, record in records if key in wanted]
-            self.wasted_bytes += (len(wave.keys) - len(useful)) * self._records.shape[2]
+            stride = self._records.shape[2]
+            self.wasted_bytes += (len(wave.keys) - len(useful)) * stride
+            self.useful_bytes += len(useful) * stride if wave.ahead else 0
             try:
                 if useful:
                     yield useful
@@ -83,8 +87,8 @@ class StagingRing:
                 del wanted[key]
             self.fill(wanted)
 
-    def _fill(self, keys: list[ExpertKey]) -> None:
+    def _fill(self, keys: list[ExpertKey], ahead: bool) -> None:
         group = self._free[0]
         self._copies.after(self._last_use[group])
         self._fetch(list(zip(keys, self._records[group], strict=False)))
-        self._filled.append(_Wave(self._free.popleft(), keys, self._copies.done()))
+        self._filled.append(_Wave(self._free.popleft(), keys, ahead, self._copies.done()))

@@ -29,7 +29,7 @@ class DirectExperts:
     slots = 0  # there are none
 
     def __init__(self, layout: RecordLayouts, fetcher: Fetcher, hints: Hints) -> None:
-        self.counters = CacheCounters()
+        self.counters = CacheCounters.of_layers(len(layout.layers))
         self.hints = hints
         self._fetcher, self._stride = fetcher, layout.stride
         self._kernels = [ExpertKernel(layer) for layer in layout.layers]
@@ -75,7 +75,8 @@ class DirectExperts:
         absent = [keys[place] for place in run(self._fetcher.arena, keys)]
         if absent:
             self._stage(absent, lambda arena, key: not run(arena, [key]))
-        self.counters.hits += len(keys) - len(absent)
+        self.counters.layers[layer].hits += len(keys) - len(absent)
+        self.counters.layers[layer].misses += len(absent)
         self.hints.note_misses(keys, set(absent))
         return combine(products, weights, x.dtype)
 
@@ -88,5 +89,4 @@ class DirectExperts:
             self._fetcher.stage(absent, take)
         # What was computed between two replies is not waiting.
         self.counters.fetch_seconds -= self.counters.compute_seconds - before
-        self.counters.misses += len(absent)
         self.counters.staged += len(absent)

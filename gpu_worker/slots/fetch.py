@@ -2,13 +2,15 @@
 
 The life of a miss. A READY frame is copied straight from the mapped arena, or computed from where it lies: no
 message. An absent expert is asked for by STAGE; once the reply is there its frame is pinned for this worker
-until RELEASE. Used by the engine's thread alone; the link behind it is kept up by the event loop
-(`gpu_worker.store_link`).
+until RELEASE. A message that is lost or damaged on the way counts as not sent: whatever has no reply after a
+while is asked for again under the same id, and an answer nobody waits for is ignored. Used by the engine's
+thread alone; the link behind it is kept up by the event loop (`gpu_worker.store_link`).
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 import zmq
 from torch import Tensor
 
+from common import origin
 from common.arena import MappedArena
 from common.errors import CheckpointError, Exhausted, ServingError, Unavailable
 from common.expert_key import ExpertKey
-from common.messages import Done, Failed, Fault, Kind, request, unpack_reply
+from common.messages import Done, Failed, Fault, Kind, Malformed, Reply, request, unpack_reply
+from common.origin import NOBODY
 from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.store_link import Attachment, StoreLink
+
+log = logging.getLogger(__name__)
 
 Wanted = tuple[ExpertKey, Tensor]
 # Copies those of the records that are READY to their places; returns which, once they are there whole.
@@ -37,6 +43,7 @@ _COPIERS = ThreadPoolExecutor(2, thread_name_prefix="fetch")
 _SHARED_BYTES = 4 << 20
 
 FETCH_TIMEOUT = 30.0  # seconds a step waits for the store's disk; longer than the store's own limit
+ASK_AGAIN = 2.0  # seconds without a reply, after which everything without one is asked for again
 RETURN_TIMEOUT = 5.0  # seconds a step waits for a lost store to come back
 _POLL_MS = 50
 
@@ -158,6 +165,7 @@ class Fetcher:
         """Ask for all of `absent` at once; take each record as it comes, and its key out of the dict."""
         socket = self._connect(attachment)
         asked = {self._send(socket, attachment, Kind.STAGE, [key]): key for key in absent}
+        heard = time.monotonic()
         while absent:
             self._link.check_interrupted()
             if time.monotonic() > deadline:
@@ -165,13 +173,16 @@ class Fetcher:
             if not socket.poll(_POLL_MS):
                 if self._link.attachment is not attachment:
                     raise _StoreGone
+                if time.monotonic() > heard + ASK_AGAIN:
+                    self._ask_again(socket, attachment, asked)
+                    heard = time.monotonic()
                 continue
-            reply = unpack_reply(socket.recv())
-            key = asked.pop(reply.request_id, None)
-            if key is None or isinstance(reply, Done):
+            reply = _receive(socket)
+            if reply is None or reply.request_id not in asked or isinstance(reply, Done):
                 continue  # the answer to a hint or a release, or to a request given up before
             if isinstance(reply, Failed):
                 self._raise(attachment, reply)
+            heard, key = time.monotonic(), asked.pop(reply.request_id)
             whole = take(attachment.arena, key)
             self._send(socket, attachment, Kind.RELEASE, [key])
             if whole:
@@ -179,12 +190,23 @@ class Fetcher:
             else:  # the lease ended and the frame was reused: ask again
                 asked[self._send(socket, attachment, Kind.STAGE, [key])] = key
 
+    def _ask_again(
+        self, socket: zmq.Socket[bytes], attachment: Attachment, asked: dict[int, ExpertKey]
+    ) -> None:
+        """A message may be lost, or the disk is slow and the store has these in hand. While replies are
+        awaited no frame is in use, so the release frees what a lost message has left pinned."""
+        self._send(socket, attachment, Kind.RELEASE, [])
+        for request_id, key in asked.items():
+            self._send(socket, attachment, Kind.STAGE, [key], request_id)
+
     def _raise(self, attachment: Attachment, reply: Failed) -> None:
         if reply.fault is Fault.NO_LEASE:
             self._link.give_up(attachment)
             raise _StoreGone
-        if reply.fault is Fault.NO_FRAME:
-            raise Exhausted(reply.text)
+        if reply.fault in (Fault.NO_FRAME, Fault.BUSY):
+            raise Exhausted(f"the store could not stage an expert: {reply.text}")
+        if reply.fault is Fault.TOO_SLOW:
+            raise Unavailable(f"the store could not stage an expert: {reply.text}")
         raise CheckpointError(f"the store could not stage an expert: {reply.text}")
 
     def _connect(self, attachment: Attachment) -> zmq.Socket[bytes]:
@@ -192,19 +214,30 @@ class Fetcher:
         if self._socket is None or self._attachment is not attachment:
             if self._socket is not None:
                 self._socket.close(linger=0)
+            self._socket = None
             self._context = self._context or zmq.Context()
-            self._socket = self._context.socket(zmq.DEALER)
-            self._socket.linger = 0
-            self._socket.connect(attachment.data_endpoint)
-            self._attachment = attachment
+            try:
+                socket = self._context.socket(zmq.DEALER)
+            except zmq.ZMQError as error:  # of open files, there can be no more
+                raise Exhausted(f"the worker cannot open its connection to the store: {error}") from None
+            socket.linger = 0
+            socket.connect(attachment.data_endpoint)
+            self._socket, self._attachment = socket, attachment
         return self._socket
 
     def _send(
-        self, socket: zmq.Socket[bytes], attachment: Attachment, kind: Kind, keys: Sequence[ExpertKey]
+        self,
+        socket: zmq.Socket[bytes],
+        attachment: Attachment,
+        kind: Kind,
+        keys: Sequence[ExpertKey],
+        request_id: int | None = None,
     ) -> int:
-        request_id = next(self._ids)
+        """Returns the request's id: a new one, unless it is asked again."""
+        request_id = request_id or next(self._ids)
         try:
-            socket.send(request(kind, request_id, attachment.lease_id, keys), zmq.NOBLOCK)
+            asking = NOBODY if kind is Kind.RELEASE else origin.current()
+            socket.send(request(kind, request_id, attachment.lease_id, keys, asking), zmq.NOBLOCK)
         except zmq.Again:
             if kind is Kind.STAGE:  # a full queue means that nobody reads
                 self._link.give_up(attachment)
@@ -215,3 +248,16 @@ class Fetcher:
     def _discard_replies(socket: zmq.Socket[bytes]) -> None:
         while socket.poll(0):
             socket.recv()
+
+
+def _receive(socket: zmq.Socket[bytes]) -> Reply | None:
+    """The next reply; None if it is none, or says that the request was none when it arrived."""
+    try:
+        reply = unpack_reply(socket.recv())
+    except Malformed as error:
+        log.warning("a damaged reply of the store is ignored: %s", error)
+        return None
+    if isinstance(reply, Failed) and reply.fault is Fault.MALFORMED:
+        log.warning("a request reached the store damaged, and will be sent again: %s", reply.text)
+        return None
+    return reply

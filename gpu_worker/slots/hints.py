@@ -24,8 +24,12 @@ _REMEMBERED = 8192
 
 @dataclass
 class HintCounters:
+    """Experts named before their need; and what moved to this worker's memory because of that."""
+
     sent: int = 0
     useful: int = 0  # a later miss of a hinted expert found it READY
+    useful_bytes: int = 0  # of records that were needed then
+    wasted_bytes: int = 0  # of records, and parts of records, that were not
 
 
 class Prefetching(Protocol):

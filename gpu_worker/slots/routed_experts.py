@@ -36,7 +36,7 @@ class SlotExperts:
         fetcher: Fetcher,
         hints: Hints,
     ) -> None:
-        self.counters = CacheCounters()
+        self.counters = CacheCounters.of_layers(len(layout.layers))
         self.layers = [LayerSlots(slots, POLICIES[policy]) for _ in layout.layers]
         self.hints = hints
         self._policy_name = policy
@@ -80,7 +80,7 @@ class SlotExperts:
         groups = Groups.of(choices)
         products = x.new_empty(choices.numel(), x.shape[1], dtype=torch.float32)
         fill = partial(self._fill, layer)
-        for wave in waves(self.layers[layer], groups.experts, self.counters, fill):
+        for wave in waves(self.layers[layer], groups.experts, self.counters.layers[layer], fill):
             records = [self.pool[layer, slot] for _, slot in wave]
             with self.counters.computing():
                 positions = groups.select([expert for expert, _ in wave])

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from gpu_worker.slots.cache import LayerSlots
-from gpu_worker.slots.counters import CacheCounters
+from gpu_worker.slots.counters import LayerCounters
 
 Places = list[tuple[int, int]]  # (expert, slot) pairs
 # Fills the slots with the records of their experts, or raises.
 Fill = Callable[[Places], None]
 
 
-def waves(slots: LayerSlots, needed: list[int], counters: CacheCounters, fill: Fill) -> Iterator[Places]:
+def waves(slots: LayerSlots, needed: list[int], counters: LayerCounters, fill: Fill) -> Iterator[Places]:
     """Experts in their slots, pinned while the caller computes from them; together all of `needed`."""
     slots.tick()
     hits = [expert for expert in needed if slots.lookup(expert) is not None]

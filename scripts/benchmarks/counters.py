@@ -16,7 +16,9 @@ Counters = dict[str, float]
 
 SECONDS = "_seconds"
 # Endings of what is a ratio or a state, which neither sums nor differences say anything of.
-_NOT_ADDITIVE = ("_rate", "_per_second", "uptime_seconds", "frames", "running", "waiting")
+_NOT_ADDITIVE = (
+    "_rate", "_per_second", "uptime_seconds", "frames", "running", "waiting", "resident_bytes",
+)  # fmt: skip
 
 
 def counters(message: Message) -> Counters:

@@ -94,5 +94,5 @@ async def _demand(checkpoint: PackedCheckpoint, arena: OwnedArena) -> None:
 
 async def _staged(stager: Stager, key: ExpertKey) -> None:
     done = asyncio.get_running_loop().create_future()
-    stager.demand(key, done.set_result)
+    stager.demand(1, key, done.set_result)
     assert await done is None

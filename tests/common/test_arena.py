@@ -138,6 +138,15 @@ def test_another_layout_is_refused(owned: OwnedArena) -> None:
         MappedArena(owned.path, "f" * 32)
 
 
+@pytest.mark.parametrize("size", [0, 100, 4096, SHAPE.size - 1])
+def test_a_segment_that_was_cut_is_refused(owned: OwnedArena, tmp_path: Path, size: int) -> None:
+    """Mapped all the same, it would kill the worker at the first frame that is not there."""
+    cut = tmp_path / "arena"
+    cut.write_bytes(owned.path.read_bytes()[:size])
+    with pytest.raises(Incompatible, match="shorter than"):
+        MappedArena(cut, DIGEST)
+
+
 def test_the_segment_is_private_and_removed() -> None:
     arena = OwnedArena(SHAPE)
     assert arena.path.stat().st_mode & 0o777 == 0o600

@@ -19,13 +19,24 @@ from common.messages import (
     peek_request_id,
     unpack_reply,
 )
+from common.origin import Origin
 
 U64 = st.integers(0, (1 << 64) - 1)
+ORIGINS = st.builds(
+    Origin,
+    st.lists(st.from_regex(r"[!-~]{1,64}", fullmatch=True), max_size=12).map(tuple),
+    st.sampled_from(["", "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"]),
+)
 KEYS = st.builds(ExpertKey, st.integers(0, 65535), st.integers(0, 65535))
 REQUESTS = st.one_of(
-    st.builds(Request, st.just(Kind.STAGE), U64, U64, st.tuples(KEYS)),
+    st.builds(Request, st.just(Kind.STAGE), U64, U64, st.tuples(KEYS), ORIGINS),
     st.builds(
-        Request, st.sampled_from([Kind.RELEASE, Kind.HINT]), U64, U64, st.lists(KEYS, max_size=40).map(tuple)
+        Request,
+        st.sampled_from([Kind.RELEASE, Kind.HINT]),
+        U64,
+        U64,
+        st.lists(KEYS, max_size=40).map(tuple),
+        ORIGINS,
     ),
 )
 REPLIES = st.one_of(

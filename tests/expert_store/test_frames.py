@@ -1,7 +1,5 @@
 """The frame table keeps its conservation law under any order of calls, and never evicts what is pinned."""
 
-from collections import Counter
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from common.arena import ArenaShape, OwnedArena, State
 from common.expert_key import ExpertKey
-from expert_store.frames import FrameTable
+from expert_store.frames import PIN_LIMIT, FrameTable
 
 SHAPE = ArenaShape("0" * 32, layers=2, experts=5, frames=3, stride=4096)
 KEYS = st.builds(ExpertKey, st.integers(0, 1), st.integers(0, 4))
@@ -22,10 +20,11 @@ class FrameMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.arena = OwnedArena(SHAPE)
-        self.table = FrameTable(self.arena)
+        self.now = 0.0
+        self.table = FrameTable(self.arena, clock=lambda: self.now)
         self.usable = SHAPE.frames
         self.staging: set[ExpertKey] = set()
-        self.pins: Counter[tuple[ExpertKey, int]] = Counter()
+        self.pins: dict[tuple[ExpertKey, int], float] = {}
 
     def teardown(self) -> None:
         self.arena.close()
@@ -34,7 +33,7 @@ class FrameMachine(RuleBasedStateMachine):
         return self.arena.entry(key).state
 
     def pinned(self) -> set[ExpertKey]:
-        return {key for key, _ in +self.pins}
+        return {key for key, _ in self.pins}
 
     @rule(key=KEYS, evict=st.booleans())
     def reserve(self, key: ExpertKey, evict: bool) -> None:
@@ -59,19 +58,30 @@ class FrameMachine(RuleBasedStateMachine):
     def pin(self, key: ExpertKey, lease: int) -> None:
         if self.state(key) is State.READY:
             self.table.pin(key, lease)
-            self.pins[key, lease] += 1
+            self.pins[key, lease] = self.now
 
     @rule(key=KEYS, lease=LEASES)
     def unpin(self, key: ExpertKey, lease: int) -> None:
-        held = self.pins[key, lease] > 0
+        held = self.pins.pop((key, lease), None) is not None
         assert self.table.unpin(key, lease) == held
-        self.pins[key, lease] -= held
+        assert not self.table.pins(key, lease)
 
     @rule(lease=LEASES)
     def end_lease(self, lease: int) -> None:
         self.table.unpin_all(lease)
-        for key in self.keys():
-            self.pins[key, lease] = 0
+        self.pins = {pin: since for pin, since in self.pins.items() if pin[1] != lease}
+
+    @rule(passed=st.floats(0, 2 * PIN_LIMIT))
+    def end_old_pins(self, passed: float) -> None:
+        self.now += passed
+        young = {pin: since for pin, since in self.pins.items() if self.now - since <= PIN_LIMIT}
+        assert self.table.end_old_pins() == len(self.pins) - len(young)
+        self.pins = young
+
+    @rule()
+    def reinstate(self) -> None:
+        self.table.reinstate()
+        self.usable = SHAPE.frames
 
     @rule(key=KEYS)
     def touch(self, key: ExpertKey) -> None:
@@ -81,10 +91,11 @@ class FrameMachine(RuleBasedStateMachine):
     def conserved(self) -> None:
         self.table.check_integrity()
         assert self.table.pinned_count == len(self.pinned())
+        assert self.table.usable == self.usable
         for key in self.pinned():
             assert self.state(key) is State.READY, "a pinned expert was evicted"
         for lease in (1, 2, 3):
-            assert self.table.pinned_by(lease) == len({key for key, by in +self.pins if by == lease})
+            assert self.table.pinned_by(lease) == len({key for key, by in self.pins if by == lease})
 
     @staticmethod
     def keys() -> list[ExpertKey]:
@@ -123,3 +134,22 @@ def test_an_entry_is_withdrawn_before_its_frame_is_given_away(table: FrameTable)
     withdrawn = table.arena.entry(ExpertKey(0, 0))
     assert withdrawn.state is State.ABSENT
     assert withdrawn.generation > generation
+
+
+def test_a_pin_that_nobody_releases_ends(table: FrameTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for twice, an expert is pinned once, from the second time on."""
+    now = 100.0
+    monkeypatch.setattr(table, "_clock", lambda: now)
+    old, young = ExpertKey(0, 0), ExpertKey(0, 1)
+    for key in (old, young):
+        table.reserve(key)
+        table.publish(key)
+        table.pin(key, lease=1)
+    now += PIN_LIMIT
+    table.pin(young, lease=1)
+    assert table.end_old_pins() == 0
+    now += 1
+    assert table.end_old_pins() == 1
+    assert (table.pins(old, 1), table.pins(young, 1)) == (False, True)
+    assert table.unpin(young, lease=1) and not table.unpin(young, lease=1)
+    table.check_integrity()

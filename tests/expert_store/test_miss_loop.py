@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -62,8 +63,10 @@ async def plane(checkpoint: PackedCheckpoint, directory: Path, frames: int) -> A
     layout = checkpoint.layout
     arena = OwnedArena(ArenaShape(layout.digest, LAYERS, EXPERTS, frames, layout.stride))
     table = FrameTable(arena)
-    stager = Stager(checkpoint, table)
-    leases = LeaseTable(60.0, ended=table.unpin_all)
+    leases = LeaseTable(
+        60.0, ended=lambda lease: (table.unpin_all(lease), stager.drop(lease), stager.released())
+    )
+    stager = Stager(checkpoint, table, leases)
     loop = MissLoop(directory / "data", table, leases, stager)
     loop.start()
     try:
@@ -121,11 +124,12 @@ def test_a_lease_that_ends_while_the_disk_is_read_pins_nothing(
             assert await p.receive(within=0.1) is None
             p.leases.detach(second)
             p.send(Kind.RELEASE, 3, first, A)
-            released, refused = sorted([await p.receive(), await p.receive()], key=lambda r: -r.request_id)
+            refused, released = await p.receive(), await p.receive()
             assert released == Done(3)
             assert isinstance(refused, Failed)
             assert (refused.request_id, refused.fault) == (2, Fault.NO_LEASE)
             assert p.frames.pinned_count == 0
+            assert p.frames.is_absent(B)  # nobody reads for the dead
 
     asyncio.run(run())
 
@@ -187,5 +191,85 @@ def test_random_traffic_of_two_leases(checkpoint: PackedCheckpoint, tmp_path: Pa
                 p.leases.detach(lease)
             assert p.frames.pinned_count == 0
             p.frames.check_integrity()
+
+    asyncio.run(run())
+
+
+def test_the_same_again_while_it_waits_gets_one_reply(checkpoint: PackedCheckpoint, tmp_path: Path) -> None:
+    """A worker that hears nothing asks again; once answered, the same is answered anew and pins no more."""
+
+    async def run() -> None:
+        async with plane(checkpoint, tmp_path, frames=2) as p:
+            lease, other = (p.leases.attach("worker", pid).lease_id for pid in (1, 2))
+            assert await p.ask(Kind.STAGE, 1, other, A) == Staged(1)
+            assert await p.ask(Kind.STAGE, 2, lease, B) == Staged(2)
+            for _ in range(3):
+                p.send(Kind.STAGE, 3, lease, A)  # its share is one frame
+            assert await p.receive(within=0.1) is None
+            assert await p.ask(Kind.RELEASE, 4, lease) in (Done(4), Staged(3))
+            assert await p.receive() in (Done(4), Staged(3))
+            assert await p.receive(within=0.1) is None
+            assert await p.ask(Kind.STAGE, 3, lease, A) == Staged(3)
+            assert p.frames.pinned_by(lease) == 1
+            assert await p.ask(Kind.RELEASE, 5, lease, A) == Done(5)
+            assert p.frames.pinned_by(lease) == 0
+
+    asyncio.run(run())
+
+
+def test_a_lease_has_a_bounded_number_of_demands(
+    checkpoint: PackedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miss_loop, "MOST_WAITING", 3)
+
+    async def run() -> None:
+        async with plane(checkpoint, tmp_path, frames=1) as p:
+            first, second = (p.leases.attach("worker", pid).lease_id for pid in (1, 2))
+            assert await p.ask(Kind.STAGE, 1, first, A) == Staged(1)
+            for number in range(2, 6):
+                p.send(Kind.STAGE, number, second, ExpertKey(1, number))
+            refused = await p.receive()
+            assert isinstance(refused, Failed)
+            assert (refused.request_id, refused.fault) == (5, Fault.BUSY)
+
+    asyncio.run(run())
+
+
+def test_a_slow_disk_is_not_called_a_lack_of_frames(
+    checkpoint: PackedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miss_loop, "STAGE_TIMEOUT", 0.1)
+    monkeypatch.setattr(Stager, "_read", lambda self, run: time.sleep(0.5) or 0.5)
+
+    async def run() -> None:
+        async with plane(checkpoint, tmp_path, frames=4) as p:
+            lease = p.leases.attach("worker", 1).lease_id
+            for number, expert in enumerate(range(3), start=1):  # the third waits for one of two readers
+                p.send(Kind.STAGE, number, lease, ExpertKey(0, expert))
+            for _ in range(3):
+                late = await p.receive()
+                assert isinstance(late, Failed)
+                assert late.fault is Fault.TOO_SLOW and "the disk" in late.text
+
+    asyncio.run(run())
+
+
+def test_a_peer_that_floods_lets_the_loop_go_on(checkpoint: PackedCheckpoint, tmp_path: Path) -> None:
+    """A thousand messages are there at once; what else the loop has to do comes in between."""
+
+    async def run() -> None:
+        async with plane(checkpoint, tmp_path, frames=2) as p:
+            lease = p.leases.attach("worker", 1).lease_id
+            for number in range(1, 1001):
+                p.send(Kind.HINT, number, lease, A)
+            time.sleep(0.2)
+            turns, answered = 0, 0
+            while answered < 1000:
+                await asyncio.sleep(0)
+                turns += 1
+                while p.socket.poll(0):
+                    p.socket.recv()
+                    answered += 1
+            assert turns >= 4
 
     asyncio.run(run())

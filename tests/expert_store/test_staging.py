@@ -63,7 +63,7 @@ def make_arena(checkpoint: PackedCheckpoint, frames: int) -> OwnedArena:
 
 async def demanded(stager: Stager, key: ExpertKey) -> Exception | None:
     done = asyncio.get_running_loop().create_future()
-    stager.demand(key, done.set_result)
+    stager.demand(1, key, done.set_result)
     return await asyncio.wait_for(done, 30)
 
 
@@ -209,11 +209,11 @@ def test_a_demand_waits_for_a_frame_and_gets_the_first_that_comes_free(checkpoin
         stager = Stager(checkpoint, frames)
         held = ExpertKey(0, 0)
         assert await demanded(stager, held) is None
-        frames.pin(held, lease=1)
+        frames.pin(held, lease=2)
         waiting = asyncio.create_task(demanded(stager, ExpertKey(0, 1)))
         await asyncio.sleep(0.05)
         assert not waiting.done()
-        frames.unpin(held, lease=1)
+        frames.unpin(held, lease=2)
         stager.advance()
         assert await waiting is None
         assert frames.is_absent(held)
@@ -230,8 +230,8 @@ def test_a_withdrawn_demand_is_not_called(checkpoint: PackedCheckpoint, arena: O
     async def run() -> None:
         stager = Gated(checkpoint, FrameTable(arena))
         called: list[object] = []
-        stager.demand(ExpertKey(0, 0), called.append)
-        stager.withdraw(ExpertKey(0, 0), called.append)
+        stager.demand(1, ExpertKey(0, 0), called.append)
+        stager.withdraw(1, ExpertKey(0, 0), called.append)
         stager.open_gate()
         assert await demanded(stager, ExpertKey(0, 1)) is None
         assert called == []
@@ -248,7 +248,7 @@ def test_hints_come_after_demands_and_before_the_preload(
     async def run() -> None:
         stager = Gated(checkpoint, FrameTable(arena))
         preloaded = stager.preload()  # takes both readers at once
-        stager.hint(ExpertKey(1, 5))
+        stager.hint(1, ExpertKey(1, 5))
         demand = asyncio.create_task(demanded(stager, ExpertKey(1, 6)))
         await asyncio.sleep(0)
         stager.open_gate()
@@ -256,6 +256,7 @@ def test_hints_come_after_demands_and_before_the_preload(
         await asyncio.wait_for(preloaded, 30)
         order = [stager.begun.index(key) for key in (ExpertKey(1, 6), ExpertKey(1, 5), ExpertKey(0, READERS))]
         assert order == [READERS, READERS + 1, READERS + 2]
+        assert stager.hinted_bytes == checkpoint.layout.stride < stager.staged_bytes
         stager.close()
 
     asyncio.run(run())
@@ -267,7 +268,7 @@ def test_a_hint_for_what_is_ready_keeps_it_from_leaving(checkpoint: PackedCheckp
         stager = Stager(checkpoint, frames)
         for expert in (0, 1):
             assert await demanded(stager, ExpertKey(0, expert)) is None
-        stager.hint(ExpertKey(0, 0))
+        stager.hint(1, ExpertKey(0, 0))
         assert await demanded(stager, ExpertKey(0, 2)) is None
         assert frames.is_ready(ExpertKey(0, 0))
         assert frames.is_absent(ExpertKey(0, 1))

@@ -102,6 +102,7 @@ def test_counters_add_up(link: FixedLink) -> None:
     greedy(engine, PROMPT, 4)
     during = counters.since(before)
     assert (during.misses, during.bytes_fetched, during.staged) == (0, 0, 0)
+    assert all(layer.hits for layer in during.layers) and len(during.layers) == 2
     assert during.hits > 2 * 3 * 2  # two layers, three decode steps, at least two experts; and the prompt's
 
 

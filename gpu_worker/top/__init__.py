@@ -1,0 +1,1 @@
+"""`gpu-worker top`: a live view of one worker and its store, made of what both tell anybody."""
