@@ -14,21 +14,23 @@ from torch import Tensor
 
 from gpu_worker.model.moe import RoutedExperts
 from gpu_worker.model.nemotron_h import NemotronH
-from gpu_worker.model.states import StatePools
+from gpu_worker.model.states import Recurrent, StatePools
+from gpu_worker.prefix_cache.cuts import CutLaw
+from gpu_worker.prefix_cache.tree import Chunk, PrefixCache
 from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.slots.hints import Prefetching
 
-# Prompts enter in chunks of this many tokens whatever else happens: where a prompt is cut decides the
-# rounding of its sums, so the cut must depend on the prompt and the kind of device alone. On a GPU nearly
-# every expert comes over the link once a chunk, and what a chunk needs of memory is kept from the slots.
-_PREFILL_CHUNKS = {"cpu": 512, "cuda": 4096}
+# Tokens in a chunk of a prompt, at most, and at least where a message of a chat ends. On a GPU nearly every
+# expert comes over the link once a chunk, and what a chunk needs of memory is kept from the slots. On a CPU,
+# so many tokens take longer to compute than all experts take to be read.
+_CUT_LAWS = {"cpu": CutLaw(512, 64), "cuda": CutLaw(4096, 512)}
 # Attention of a decode step looks at a context rounded up to this, so its shapes change rarely.
 _CONTEXT_STEP = 256
 
 
 def prefill_chunk(device: torch.device) -> int:
-    """Tokens in a chunk of a prompt."""
-    return _PREFILL_CHUNKS[device.type]
+    """Tokens in a chunk of a prompt, at most."""
+    return _CUT_LAWS[device.type].chunk
 
 
 class CachedExperts(RoutedExperts, Protocol):
@@ -73,7 +75,16 @@ class Engine:
         self.model, self.pools, self.experts = model, pools, experts
         self._free_places = list(range(pools.sequences))
         self._lengths = [0] * pools.sequences  # the host's copy: reading the device's would wait for it
-        self.prefill_chunk = prefill_chunk(pools.lengths.device)
+        self.cut_law = _CUT_LAWS[pools.lengths.device.type]
+        self.prefixes = PrefixCache(0)
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self.cut_law.chunk
+
+    @property
+    def free_places(self) -> int:
+        return len(self._free_places)
 
     @property
     def max_context(self) -> int:
@@ -87,6 +98,27 @@ class Engine:
         self.pools.reset(place)
         self._lengths[place] = 0
         self._free_places.append(place)
+
+    def restore(self, place: int, snapshot: Chunk) -> None:
+        """A place that is as new goes on from a snapshot."""
+        assert snapshot.states is not None
+        for chunk in snapshot.way():
+            assert chunk.context is not None
+            self.pools.write_context(place, chunk.start, chunk.context)
+        self._go_on(place, snapshot.end, snapshot.states)
+
+    def fork(self, source: int, target: int, length: int, states: Recurrent) -> None:
+        """`target` goes on from the first tokens of the sequence at `source`, with the recurrent states that
+        it had after them. It is as new, or `source` itself."""
+        if source == target:
+            self.pools.cut_context(source, length)
+        else:
+            self.pools.copy_context(source, target, length)
+        self._go_on(target, length, states)
+
+    def _go_on(self, place: int, length: int, states: Recurrent) -> None:
+        self.pools.write_recurrent(place, states)
+        self.pools.lengths[place] = self._lengths[place] = length
 
     def prefill(self, place: int, tokens: Sequence[int]) -> Tensor:
         """The next chunk of a prompt: at most `prefill_chunk` ids to hidden (t, hidden_size)."""
@@ -119,6 +151,7 @@ class Engine:
         """Between requests: every place free, every slot accounted for."""
         assert sorted(self._free_places) == list(range(self.pools.sequences)), "a place is lost"
         assert not any(self._lengths), "a free place has a length"
+        self.prefixes.check_integrity()
         self.experts.check_integrity()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from common.addresses import Address
-from common.errors import InvalidRequest, Unavailable
+from common.errors import InvalidRequest, ServingError, Unavailable
 from common.message_json import as_dict, print_json
-from gpu_worker.client import Generated, Prompt, WorkerClient
+from common.rpc import gpu_worker_pb2 as pb
+from gpu_worker.client import Answers, Generated, Prompt, WorkerClient
 from gpu_worker.printing import finish_table
 
 _WORKER = typer.Option("--worker", help="Address of the worker.", metavar="ADDRESS")
@@ -44,33 +46,44 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end token.")] = False,
+    samples: Annotated[int, typer.Option(help="Continuations, each told when it is whole.", min=1)] = 1,
+    priority: Annotated[
+        int, typer.Option(help="More of it waits less; may be negative.", min=-(1 << 31), max=(1 << 31) - 1)
+    ] = 0,
+    timeout: Annotated[
+        float | None, typer.Option(help="Give up after so many seconds; default: never.", metavar="SECONDS")
+    ] = None,
     json: Annotated[bool, _JSON] = False,
 ) -> None:
-    """Continue a prompt, printing text as it comes.
+    """Continue a prompt, printing text as it comes. Ctrl-C ends the request.
 
     Example: gpu-worker generate "def fibonacci(n):" --max-new-tokens 64
     """
-    sampling = {
+    sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or [],
         "ignore_eos": ignore_eos,
     }  # fmt: skip
     _check_unsigned(sampling)
-    result = Generated()
-    with WorkerClient(Address.of_option(worker, "worker")) as client:
-        for event in client.generate(_prompt(prompt, token_ids, chat), **sampling):
-            result.add(event)
-            if not json:
-                print(event.delta.text, end="", flush=True)
-    if result.finish is None:
-        raise Unavailable("the stream ended without a result; the worker may have died")
+    answers = Answers(samples)
+    with WorkerClient(Address.of_option(worker, "worker"), retry_for=0) as client:
+        given = _prompt(prompt, token_ids, chat)
+        events = client.generate(given, samples=samples, priority=priority, timeout=timeout, **sampling)
+        for event in _shown(events) if samples == 1 and not json else events:
+            answers.add(event)
     if json:
-        print_json({"text": result.text, "token_ids": result.token_ids, **_finish_fields(result.finish)})
-    else:
+        fields = [_fields(answer) for answer in answers.complete()]
+        print_json(fields[0] if samples == 1 else {"samples": fields})
+    elif samples == 1:
         # Who asked by ids of a checkpoint without a tokenizer gets ids: there is no text.
-        ids = " ".join(map(str, result.token_ids))
-        print(ids if token_ids is not None and not result.text else "", flush=True)
-        Console(stderr=True).print(finish_table(result.finish))
+        (answer,) = answers.complete()
+        print("" if answer.text or token_ids is None else _ids(answer), flush=True)
+        Console(stderr=True).print(finish_table(_finish(answer)))
+    else:
+        for answer in answers.complete():
+            usage, reason = _finish(answer).usage, _finish(answer).reason
+            print(f"[{answer.index}] {usage.completion_tokens} tokens, {reason}")
+            print(answer.text if answer.text or token_ids is None else _ids(answer))
 
 
 def score(
@@ -106,7 +119,7 @@ def _collect_scores(
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
-        WorkerClient(Address.of_option(worker, "worker")) as client,
+        WorkerClient(Address.of_option(worker, "worker"), retry_for=0) as client,
         Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar,
     ):
         task = bar.add_task("")
@@ -119,9 +132,37 @@ def _collect_scores(
     return tokens, logprobs
 
 
-def _finish_fields(finish: Any) -> dict[str, Any]:
-    fields = as_dict(finish)
-    return {"finish_reason": fields.pop("reason"), **fields}
+def _shown(events: Iterator[pb.GenerateEvent]) -> Iterator[pb.GenerateEvent]:
+    """Prints text as it passes; should it break off, what is said of that has a line of its own."""
+    begun = False
+    try:
+        for event in events:
+            begun = begun or bool(event.delta.text)
+            print(event.delta.text, end="", flush=True)
+            yield event
+    except (ServingError, KeyboardInterrupt):
+        if begun:
+            print(flush=True)
+        raise
+
+
+def _finish(answer: Generated) -> pb.Finish:
+    assert answer.finish is not None
+    return answer.finish
+
+
+def _fields(answer: Generated) -> dict[str, Any]:
+    fields = as_dict(_finish(answer))
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": fields.pop("reason"),
+        **fields,
+    }
+
+
+def _ids(answer: Generated) -> str:
+    return " ".join(map(str, answer.token_ids))
 
 
 def _prompt(prompt: str | None, token_ids: str | None, chat: bool) -> Prompt:

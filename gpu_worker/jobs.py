@@ -1,42 +1,38 @@
 """Jobs: what one request makes of the engine's steps, from admission to its one ending.
 
-    WAITING --begin--> PREFILL --prefill ... prefill--> DECODE --accept ... accept--> end
+    WAITING --begin--> PREFILL --prefill ... prefill--> SAMPLES, decoding --> end
 
-A `Generation` is a sequence in progress; a `Scoring` reads a text, which is all prefill. Both are driven by
-the scheduler's thread, and speak through `emit`, which hands protocol messages to the event loop. Not done
-here: which jobs take part in a step, and decoding, which is one step for many of them.
+A `Generation` reads its prompt once and has one or several samples go on from there; a `Scoring` reads a
+text, which is all prefill. Both are driven by the scheduler's thread, and speak through `emit`, which hands
+protocol messages to the event loop. Not done here: which jobs take part in a step, and decoding, which is one
+step for many samples.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
 import torch
 from torch import Tensor
 
-from common.errors import InvalidRequest, ServingError
+from common import origin
+from common.errors import InvalidRequest
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.engine import Engine
 from gpu_worker.model.part_times import PartTimes
-from gpu_worker.protocol import cache_message, parts_message, token_message
-from gpu_worker.sampling import Choice, Sampler, SamplingParams
+from gpu_worker.model.states import Recurrent
+from gpu_worker.prefix_cache.reading import PromptReading
+from gpu_worker.protocol import cache_message, parts_message
+from gpu_worker.samples import Sample
+from gpu_worker.sampling import SamplingParams
 from gpu_worker.slots.counters import CacheCounters
-from gpu_worker.stopping import StopMatcher
 from gpu_worker.tokenizer import Tokenizer
 
 Emit = Callable[[Any], None]
 
 _LOGIT_ROWS = 128  # scored at a time: logits of a whole chunk take more memory than all the chunk's blocks
-
-
-class NotFinite(ServingError):
-    """A sequence's logits are no numbers: of a model or a prompt gone wrong, and of no other sequence."""
-
-    status = grpc.StatusCode.INTERNAL
 
 
 def check_tokens(ids: Sequence[int], vocab_size: int, longest: int) -> None:
@@ -48,18 +44,22 @@ def check_tokens(ids: Sequence[int], vocab_size: int, longest: int) -> None:
         raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab_size}")
     if len(ids) > longest:
         raise InvalidRequest(
-            f"the prompt has {len(ids)} tokens; this worker's context takes at most {longest}"
+            f"the prompt has {len(ids)} tokens; this worker's context takes at most {longest}: "
+            "shorten it, or start the worker with a larger --max-context"
         )
 
 
 class Job:
-    """What generation and scoring share: a place in the pools, arrival and admission, cancellation."""
+    """What all share: places in the pools, arrival and admission, cancellation."""
+
+    priority = 0  # those who wait and have more are admitted first
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
+        self.origin = origin.current()
         self.cancelled = False
         self.arrived = time.monotonic()
-        self.begun = self.arrived
+        self.begun = 0.0  # 0: not yet
         self.place = -1
         self._counted = CacheCounters()
         self._timed = PartTimes()
@@ -71,10 +71,12 @@ class Job:
         self._timed = engine.model.times.copy()
 
     def end(self, engine: Engine) -> None:
-        engine.give_place(self.place)
+        """Give back all places."""
+        if self.place >= 0:
+            engine.give_place(self.place)
 
     def prefill(self, engine: Engine) -> bool:
-        """Read one chunk; True when nothing is left to do."""
+        """Read one chunk; True when it was the last."""
         raise NotImplementedError
 
     def counters(self, engine: Engine) -> tuple[pb.CacheCounters, pb.PartSeconds]:
@@ -84,8 +86,12 @@ class Job:
 
 
 class Generation(Job):
-    """One sequence: its prompt enters chunk by chunk, then each step's logits become a token, until a reason
-    to finish. The step after a token may be launched before `stream_chosen` tells it."""
+    """A prompt and its samples. Once it is read, each sample goes on from its end, at once or later.
+
+    The first sample takes the prompt's own place. What later ones need of the prompt is a copy of its
+    recurrent states on the host, of fixed size, and its keys and values, which decoding leaves as they are at
+    the place of any sample that runs: so the last place of a request is kept until its last sample has begun.
+    """
 
     def __init__(
         self,
@@ -94,78 +100,97 @@ class Generation(Job):
         eos_token_ids: Sequence[int],
         tokenizer: Tokenizer | None,
         emit: Emit,
+        samples: int = 1,
+        priority: int = 0,
     ) -> None:
         super().__init__(emit)
-        self.prompt = list(prompt)
-        self.params = params
-        self.output: list[int] = []
-        self._eos = () if params.ignore_eos else tuple(eos_token_ids)
-        self._sampler = Sampler(params, self.prompt)
-        self._text = _TextOut(tokenizer, params.stop)
-        self._chosen: Choice | None = None  # the last token, until it is streamed
-        self._fed = 0
+        self.prompt, self.params, self.tokenizer = list(prompt), params, tokenizer
+        self.eos = () if params.ignore_eos else tuple(eos_token_ids)
+        self.samples: list[Sample] = []  # that have begun
+        self.running: list[Sample] = []  # of these
+        self.priority = priority
+        self._count = samples
+        self._reading: PromptReading | None = None
         self._prefilled = 0.0
+        self._logits: Tensor | None = None  # after the prompt, (vocab,)
+        self._states: Recurrent | None = None  # likewise, where there will be a second sample
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(sample.output) for sample in self.samples)
+
+    @property
+    def prompt_tokens_read(self) -> int:
+        return self._reading.fed if self._reading is not None else 0
 
     @property
     def prompt_read(self) -> bool:
-        return self._fed == len(self.prompt)
+        return self._reading is not None and self._reading.done
+
+    @property
+    def more(self) -> bool:
+        """Whether there are samples that have not begun."""
+        return len(self.samples) < self._count
+
+    @property
+    def done(self) -> bool:
+        return self.prompt_read and not self.running and not self.more
+
+    def begin(self, engine: Engine) -> None:
+        super().begin(engine)
+        self._reading = PromptReading(engine, self.place, self.prompt)
+        engine.prefixes.count(self._reading.cached)
 
     def prefill(self, engine: Engine) -> bool:
-        chunk = self.prompt[self._fed : self._fed + engine.prefill_chunk]
-        hidden = engine.prefill(self.place, chunk)
-        self._fed += len(chunk)
-        if not self.prompt_read:
+        assert self._reading is not None
+        hidden = self._reading.step()
+        if not self._reading.done:
             return False
-        logits = engine.logits(hidden[-1:])[0]
+        self._logits = engine.logits(hidden[-1:])[0]
+        if self._count > 1:
+            self._states = engine.pools.read_recurrent(self.place)
         self._prefilled = time.monotonic()
-        return self.accept(engine, logits, None)
+        return True
 
-    def accept(self, engine: Engine, logits: Tensor, best: Tensor | None) -> bool:
-        """Choose the next token from logits (vocab,), and stream it; True when it was the last.
+    def next_sample(self, engine: Engine) -> bool:
+        """Begin it, at the place that the request keeps or else a new one; True when it has ended already."""
+        assert self._logits is not None
+        place, self.place = self.place, -1
+        if self.samples:
+            assert self._states is not None
+            source = self.running[0].place if place < 0 else place
+            place = engine.take_place() if place < 0 else place
+            engine.fork(source, place, len(self.prompt), self._states)
+        sample = Sample(self, len(self.samples), place)
+        self.samples.append(sample)
+        self.running.append(sample)
+        logits = self._logits
+        if not self.more:
+            self._logits = self._states = None
+        return sample.accept(engine, logits, None)
 
-        `best` as in `Sampler.choose`. Raises NotFinite. Streaming may wait for the next step to be launched,
-        where nothing about it can end the sequence.
-        """
-        try:
-            self._chosen = choice = self._sampler.choose(logits, best)
-        except FloatingPointError as error:
-            raise NotFinite(str(error)) from error
-        self.output.append(choice.token)
-        full = len(self.prompt) + len(self.output) > engine.max_context
-        ended = choice.token in self._eos
-        last = ended or full or len(self.output) >= self.params.max_new_tokens
-        if engine.launches_only and not last and not self.params.stop:
-            return False
-        stopped = self.stream_chosen()
-        if stopped or last:
-            self._finish("stop" if stopped else "eos" if ended else "length", engine)
-        return stopped or last
+    def end_sample(self, sample: Sample, engine: Engine) -> None:
+        """Its place is free, unless a later sample needs what is there."""
+        self.running.remove(sample)
+        if self.running or not self.more:
+            engine.give_place(sample.place)
+        else:
+            self.place = sample.place
 
-    def stream_chosen(self) -> bool:
-        """Stream the token chosen last, unless that was done; whether its text completes a stop string."""
-        choice, self._chosen = self._chosen, None
-        if choice is None:
-            return False
-        text, stopped = ("", False) if choice.token in self._eos else self._text.push(choice.token)
-        self.emit(pb.GenerateEvent(delta=pb.Delta(text=text, tokens=[token_message(choice)])))
-        return stopped
+    def end(self, engine: Engine) -> None:
+        super().end(engine)
+        for sample in self.running:
+            engine.give_place(sample.place)
 
-    def _finish(self, reason: str, engine: Engine) -> None:
-        rest = self._text.flush() if reason != "stop" else ""
-        if rest:
-            self.emit(pb.GenerateEvent(delta=pb.Delta(text=rest)))
-        now = time.monotonic()
-        decoded, seconds = len(self.output) - 1, now - self._prefilled
+    def finish(self, engine: Engine) -> pb.Finish:
+        """What all its samples' endings have in common."""
+        assert self._reading is not None
         timings = pb.Timings(
-            queue_ms=(self.begun - self.arrived) * 1e3,
-            prefill_ms=(self._prefilled - self.begun) * 1e3,
-            decode_ms=seconds * 1e3,
-            tokens_per_second=decoded / seconds if decoded and seconds else 0.0,
+            queue_ms=(self.begun - self.arrived) * 1e3, prefill_ms=(self._prefilled - self.begun) * 1e3
         )
-        usage = pb.Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.output))
+        usage = pb.Usage(prompt_tokens=len(self.prompt), cached_prompt_tokens=self._reading.cached)
         cache, parts = self.counters(engine)
-        finish = pb.Finish(reason=reason, usage=usage, timings=timings, cache=cache, parts=parts)
-        self.emit(pb.GenerateEvent(finish=finish))
+        return pb.Finish(usage=usage, timings=timings, cache=cache, parts=parts)
 
 
 class Scoring(Job):
@@ -181,7 +206,7 @@ class Scoring(Job):
         self.window, self.stride = window, stride
         self._start = 0  # of the current window
         self._fed = 0  # tokens of the current window already read
-        self._scored = 1  # tokens whose log-probability is known; the first has none
+        self.scored = 1  # tokens whose log-probability is known; the first has none
         emit(pb.ScoreEvent(start=pb.ScoreStart(tokens=self.tokens)))
 
     def prefill(self, engine: Engine) -> bool:
@@ -203,42 +228,17 @@ class Scoring(Job):
 
     def _score(self, engine: Engine, hidden: Tensor, first: int, end: int) -> None:
         """Score the tokens after each of the chunk's, as far as they are in the window and not yet scored."""
-        skip = max(0, self._scored - (first + 1))
+        skip = max(0, self.scored - (first + 1))
         last = min(first + hidden.shape[0], end - 1)  # position of the last token scored here
         if first + 1 + skip > last:
             return
         targets = torch.tensor(self.tokens[first + 1 + skip : last + 1], device=hidden.device)
         pieces = zip(hidden[skip:].split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=False)
         chosen = [_logprobs(engine.logits(rows[: len(ids)]), ids) for rows, ids in pieces]
-        self._scored = last + 1
+        self.scored = last + 1
         self.emit(pb.ScoreEvent(piece=pb.ScorePiece(logprobs=torch.cat(chosen).tolist())))
 
 
 def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Of one token in each row: logits (rows, vocab), targets (rows,) to (rows,)."""
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-@dataclass
-class _TextOut:
-    """Token ids to text that may be shown: whole characters, stop strings cut; nothing without tokenizer."""
-
-    tokenizer: Tokenizer | None
-    stop: tuple[str, ...]
-    _stream: Any = field(init=False)
-    _matcher: StopMatcher = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._stream = self.tokenizer.stream() if self.tokenizer else None
-        self._matcher = StopMatcher(self.stop)
-
-    def push(self, token: int) -> tuple[str, bool]:
-        if self._stream is None:
-            return "", False
-        return self._matcher.push(self._stream.push(token))
-
-    def flush(self) -> str:
-        if self._stream is None:
-            return ""
-        text, stopped = self._matcher.push(self._stream.flush())
-        return text if stopped else text + self._matcher.flush()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +13,10 @@ from common.checkpoint.names import packable_dense
 from common.checkpoint.packed import PackedCheckpoint
 from common.checkpoint.packing import packed, unpacked
 from common.checkpoint.source import Matrix
-from common.errors import Incompatible
+from common.errors import CheckpointError, Incompatible
 from common.hlwq import native
 from common.hlwq.planes import RAW_BITS
+from common.json_input import parse_json
 from common.model_config import ModelConfig
 from common.units import format_bytes
 from gpu_worker.account import Account, Sizes
@@ -25,6 +25,7 @@ from gpu_worker.engine import Engine
 from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.states import StatePools
 from gpu_worker.model.weights import ModelWeights, build_weights
+from gpu_worker.prefix_cache.tree import PrefixCache
 from gpu_worker.printing import account_table, as_text
 from gpu_worker.sizing import (
     check_expert_bits,
@@ -32,6 +33,7 @@ from gpu_worker.sizing import (
     dense_bits_hint,
     resolve_device,
     resolve_dtype,
+    resolve_prefix_cache,
     resolve_sequences,
 )
 from gpu_worker.slots.direct import DirectExperts
@@ -90,6 +92,11 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     kernels = f", {native.path()} kernels" if device.type == "cpu" else ""
     log.info("on %s in %s%s; dense weights %s", device, dtype, kernels, format_bytes(weights.nbytes))
     engine = _engine(config, checkpoint, weights, pools, fetcher, account)
+    eos_token_ids = _eos_token_ids(checkpoint.directory, model.eos_token_ids)
+    engine.cut_law = replace(engine.cut_law, turn_ends=frozenset(eos_token_ids))
+    engine.prefixes = PrefixCache(resolve_prefix_cache(config))
+    if engine.prefixes.budget:
+        log.info("beginnings of prompts are kept in up to %s of RAM", format_bytes(engine.prefixes.budget))
     if memory is not None:
         log.info("%s", memory.use().describe(account.budget))
     return ServedModel(
@@ -99,7 +106,7 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
         device=device,
         dtype=dtype,
         tokenizer=Tokenizer.from_directory(checkpoint.directory),
-        eos_token_ids=_eos_token_ids(checkpoint.directory, model.eos_token_ids),
+        eos_token_ids=eos_token_ids,
         engine=engine,
         fetcher=fetcher,
         account=account,
@@ -179,7 +186,13 @@ def _engine(
 def _eos_token_ids(directory: Path, fallback: tuple[int, ...]) -> tuple[int, ...]:
     """generation_config.json's, which names every id that ends a turn; else config.json's."""
     path = directory / "generation_config.json"
-    value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    if value is None:
+    if not path.is_file():
         return fallback
-    return tuple(value) if isinstance(value, list) else (value,)
+    try:
+        value = parse_json(path.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
+    return tuple(ids) or fallback

@@ -42,8 +42,12 @@ def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
         ("fetched", f"{format_bytes(cache.bytes_fetched)}; {cache.staged} experts came from disk"),
         ("device memory", _vram(stats)),
         ("prefetch", f"{stats.prefetch}; {stats.hints_sent} hints, {stats.hints_useful} useful"),
-        ("requests", f"{stats.requests} ({stats.requests_failed} failed), {stats.running} running, "
-                     f"{stats.waiting} waiting"),
+        ("fetched early", _fetched_early(stats)),
+        ("state", stats.state if stats.ready or stats.state != "serving" else "serving, but not ready"),
+        ("requests", f"{stats.requests}, of which {stats.requests_failed} failed and "
+                     f"{stats.requests_cancelled} were given up"),
+        ("now", f"{stats.running} running, {stats.waiting} waiting"),
+        ("slow clients", f"{stats.requests_unread} did not read what came" if stats.requests_unread else ""),
         ("tokens", f"{stats.prompt_tokens} read, {stats.completion_tokens} written"),
         ("time", _shares(stats.parts, cache)),
         ("store", stats.store),
@@ -86,6 +90,14 @@ def _vram(stats: pb.WorkerStats) -> str:
         format_bytes, (stats.vram_budget, stats.vram_peak, stats.vram_used, stats.vram_tensors_peak)
     )
     return f"at most {peak} of {budget} (tensors {tensors}), now {used}"
+
+
+def _fetched_early(stats: pb.WorkerStats) -> str:
+    """Nothing where only the store fetches before the need."""
+    useful, wasted = stats.prefetch_useful_bytes, stats.prefetch_wasted_bytes
+    if not useful + wasted:
+        return ""
+    return f"{format_bytes(useful)} that were needed, {format_bytes(wasted)} in vain"
 
 
 def _slots(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> str:

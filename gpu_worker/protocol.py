@@ -8,18 +8,23 @@ from common.errors import Incompatible, InvalidRequest
 from common.messages import PROTOCOL_VERSION
 from common.model_config import ATTENTION, MAMBA, MLP, MOE
 from common.rpc import gpu_worker_pb2 as pb
+from gpu_worker.chats import chat_tokens
+from gpu_worker.engine import Engine
 from gpu_worker.model.part_times import LM_HEAD, PartTimes
 from gpu_worker.sampling import Choice, SamplingParams
 from gpu_worker.slots.counters import CacheCounters
 from gpu_worker.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
+MOST_SAMPLES = 128
 
 
 def check_version(version: int) -> None:
     """Raises Incompatible unless the client speaks this protocol, or does not say (0)."""
     if version not in (0, PROTOCOL_VERSION):
-        raise Incompatible(f"this worker speaks protocol {PROTOCOL_VERSION}, the client {version}")
+        raise Incompatible(
+            f"this worker speaks protocol {PROTOCOL_VERSION}, the client {version}; install one version"
+        )
 
 
 def prompt_tokens(
@@ -30,14 +35,20 @@ def prompt_tokens(
     if form == "token_ids":
         return list(request.token_ids.ids)
     if form is None:
-        raise InvalidRequest("the request has no prompt")
+        raise InvalidRequest("the request has no prompt: give text, token ids or a chat")
     if tokenizer is None:
         raise InvalidRequest("this checkpoint has no tokenizer; send token ids")
     if form == "text":
         return tokenizer.encode(request.text)
     assert isinstance(request, pb.GenerateRequest)
-    messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
-    return tokenizer.encode_chat(messages)
+    return chat_tokens(request.chat, tokenizer)
+
+
+def samples_of(request: pb.GenerateRequest) -> int:
+    """How many continuations are asked for."""
+    if request.samples > MOST_SAMPLES:
+        raise InvalidRequest(f"samples must be at most {MOST_SAMPLES}, not {request.samples}")
+    return request.samples or 1
 
 
 def sampling_params(message: pb.SamplingParams) -> SamplingParams:
@@ -56,9 +67,16 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
     )
 
 
-def token_message(choice: Choice) -> pb.Token:
-    alternatives = [pb.Alternative(token_id=token, logprob=logprob) for token, logprob in choice.alternatives]
-    return pb.Token(id=choice.token, logprob=choice.logprob, alternatives=alternatives)
+def token_message(choice: Choice, tokenizer: Tokenizer | None) -> pb.Token:
+    """With the bytes of every token, if there is a tokenizer."""
+    piece = tokenizer.piece if tokenizer else lambda token: b""
+    alternatives = [
+        pb.Alternative(token_id=token, logprob=logprob, piece=piece(token))
+        for token, logprob in choice.alternatives
+    ]
+    return pb.Token(
+        id=choice.token, logprob=choice.logprob, alternatives=alternatives, piece=piece(choice.token)
+    )
 
 
 def cache_message(counters: CacheCounters) -> pb.CacheCounters:
@@ -71,6 +89,25 @@ def cache_message(counters: CacheCounters) -> pb.CacheCounters:
         fetch_seconds=counters.fetch_seconds,
         compute_seconds=counters.compute_seconds,
     )
+
+
+def prefix_fields(engine: Engine) -> dict[str, int]:
+    """Fields of WorkerStats about places and the prefix cache."""
+    prefixes, places = engine.prefixes, engine.pools.sequences
+    return {
+        "places": places,
+        "places_taken": places - engine.free_places,
+        "prefix_lookups": prefixes.counters.lookups,
+        "prefix_hits": prefixes.counters.hits,
+        "prefix_saved_tokens": prefixes.counters.saved_tokens,
+        "prefix_snapshots": prefixes.snapshots,
+        "prefix_bytes": prefixes.nbytes,
+        "prefix_budget": prefixes.budget,
+    }
+
+
+def layer_messages(counters: CacheCounters) -> list[pb.LayerCounters]:
+    return [pb.LayerCounters(hits=layer.hits, misses=layer.misses) for layer in counters.layers]
 
 
 def parts_message(times: PartTimes, cache: CacheCounters) -> pb.PartSeconds:

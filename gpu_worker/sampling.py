@@ -7,6 +7,7 @@ seed reproduces on every device and whatever else is being served. Stop strings 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,9 +71,12 @@ class Choice(NamedTuple):
 
 
 class Sampler:
-    """Chooses the tokens of one sequence and remembers them for the repetition penalty."""
+    """Chooses the tokens of one sequence and remembers them for the repetition penalty.
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+    `index`: of the sample. Each draws from a stream of its own, the first from that of the seed itself.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], index: int = 0) -> None:
         self.params = params
         self._prompt = prompt
         self._seen: Tensor | None = None  # (vocab,) bool, on the logits' device
@@ -80,7 +84,7 @@ class Sampler:
         if params.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(params.seed)
+            self._generator.manual_seed(stream_seed(params.seed, index))
 
     def choose(self, logits: Tensor, best: Tensor | None = None) -> Choice:
         """The next token from logits (vocab,) float32. Raises FloatingPointError if they are not finite.
@@ -121,6 +125,13 @@ class Sampler:
     def _draw(self, scores: Tensor) -> Tensor:
         uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
         return pick(warp(scores, self.params).softmax(-1), uniform)
+
+
+def stream_seed(seed: int, index: int) -> int:
+    """The seed of a request's `index`-th sample; hashed, since seeds one apart are likely to be asked for."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "little")
 
 
 def _finite(logprob: float) -> float:

@@ -1,6 +1,6 @@
 """The scheduler: the one thread that steps jobs through the engine, several at a time.
 
-    submit --> WAITING --> PREFILL --the prompt is read--> DECODE --> ENDED
+    submit --> WAITING --> PREFILL --the prompt is read--> SAMPLES: each waits, then decodes --> ENDED
 
 Jobs join and leave between steps. What one iteration of the thread does is `_iterate`, from top to bottom: a
 prompt, however long, delays the next token of everybody else by one chunk at most, since between two chunks
@@ -8,9 +8,10 @@ there is always a step of decode. Where a prompt is cut does not depend on what 
 
 Jobs arrive from the event loop by `submit`, and every submitted job gets exactly one ending, through its
 `on_end`: None when it finished or was cancelled, else the error. A place in the pools is all the memory that
-a job takes, so an admitted one never lacks any. A `ServingError` fails the jobs of the step that raised it,
-and only those; anything else is a broken invariant or a failed device, and ends the process. Of a failed
-device, one line is logged.
+a sequence takes, so an admitted one never lacks any. A request goes on with one place if it has to, however
+many samples it has: they wait for further ones beside the requests that wait for their first (`waiting`). A
+`ServingError` fails the jobs of the step that raised it, and only those; anything else is a broken invariant
+or a failed device, and ends the process. Of a failed device, one line is logged.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from common.errors import Exhausted, ServingError, Unavailable
+from common.errors import Exhausted, ServingError
+from common.origin import Origin, working_for
 from gpu_worker.device_errors import DeviceFailed, device_failure
 from gpu_worker.engine import Engine
 from gpu_worker.jobs import Generation, Job
+from gpu_worker.lifecycle import handed_back
+from gpu_worker.prefix_cache.answers import IDLE_SECONDS, Answers
+from gpu_worker.samples import Sample
+from gpu_worker.waiting import WaitingJobs
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +51,28 @@ class Scheduler:
         self.failed = 0
         self._engine, self._max_queue, self._on_fatal, self._budget = engine, max_queue, on_fatal, budget
         self._endings: dict[Job, OnEnd] = {}  # of all jobs below; whoever takes one out tells it
-        self._waiting: deque[Job] = deque()
+        self._waiting = WaitingJobs()
         self._prefilling: deque[Job] = deque()  # the first is the next to read a chunk
-        self._decoding: list[Generation] = []
+        self._sampling: list[Generation] = []  # whose prompts are read
+        self._answers = Answers(engine)  # to be read when there is nothing else to do
         self._stopping = False
         self._changed = threading.Condition()  # guards what waits; all else is the engine's thread's
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """Jobs that wait for their first place."""
+        return self._waiting.new
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All that have not ended, in order of arrival."""
+        return list(self._endings)
 
     @property
     def running(self) -> int:
         """Jobs that have a place."""
-        return len(self._prefilling) + len(self._decoding)
+        return len(self._prefilling) + len(self._sampling)
 
     def start(self) -> None:
         self._thread.start()
@@ -68,13 +81,13 @@ class Scheduler:
         """Queue a job; raises Exhausted when the queue is full, Unavailable when the worker is stopping."""
         with self._changed:
             if self._stopping:
-                raise Unavailable("the worker is stopping")
+                raise handed_back()
             self._drop_waiting()
             # Those for whom a place is free wait for the end of a step, no longer.
-            if len(self._waiting) >= self._max_queue + self._free_places:
+            if self.waiting >= self._max_queue + self._engine.free_places + self._answers.places:
                 raise Exhausted(f"{self._max_queue} requests are waiting already; try again later")
             self._endings[job] = on_end
-            self._waiting.append(job)
+            self._waiting.push(job)
             self._changed.notify()
 
     def stop(self, timeout: float) -> bool:
@@ -87,7 +100,7 @@ class Scheduler:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        stopping = Unavailable("the worker is stopping")
+        stopping = handed_back()
         failure: BaseException | None = None
         try:
             while self._wait_for_work():
@@ -103,25 +116,29 @@ class Scheduler:
                 log.critical("the engine failed", exc_info=error)
         with self._changed:
             self._stopping = True
-            waiting = set(self._waiting)
-            self._waiting.clear()
         for job, on_end in self._endings.items():
-            on_end(failure if failure is not None and job not in waiting else stopping)
+            on_end(failure if failure is not None and job.begun else stopping)
         if failure is not None:
             self._on_fatal(failure)
 
     def _wait_for_work(self) -> bool:
         """False when there is to be no further step."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._waiting or self.running)
+            self._changed.wait_for(self._busy, IDLE_SECONDS if self._answers else None)
             return not self._stopping
 
+    def _busy(self) -> bool:
+        return self._stopping or len(self._waiting) > 0 or self.running > 0
+
     def _iterate(self) -> None:
+        if not self._busy():
+            self._answers.read(interrupted=self._busy)
+            return
         self._drop_cancelled()
-        self._admit()  # first come, first served, while there are places
+        self._admit()  # while there are places, and whoever is next for one
         self._prefill()  # one chunk of one prompt
         self._drop_cancelled()
-        self._decode()  # one token for everyone whose prompt is read
+        self._decode()  # one token for every sample
 
     def _drop_cancelled(self) -> None:
         """They take part in no further step, and their places are free."""
@@ -132,56 +149,88 @@ class Scheduler:
                 self._end(job)
 
     def _admit(self) -> None:
+        for generation in [job for job in self._sampling if job.place >= 0]:
+            self._begin_sample(generation)  # where its last one ended
+        while self._engine.free_places and (job := self._next_waiting()) is not None:
+            if isinstance(job, Generation) and job.begun:
+                self._begin_sample(job)
+            else:
+                job.begin(self._engine)
+                self._prefilling.append(job)
+
+    def _next_waiting(self) -> Job | None:
         with self._changed:
-            admitted = [self._waiting.popleft() for _ in range(min(self._free_places, len(self._waiting)))]
-            self._prefilling += admitted
-        for job in admitted:
-            job.begin(self._engine)
+            return self._waiting.pop() if self._waiting else None
 
     def _prefill(self) -> None:
         """Prompts take turns, so that a short one need not wait for the end of a long one."""
         if not self._prefilling:
             return
-        for generation in self._decoding:  # what they have chosen need not wait for the chunk
-            generation.stream_chosen()
+        for sample in self._decoding:  # what they have chosen need not wait for the chunk
+            sample.stream_chosen()
         job = self._prefilling[0]
         with self._blaming([job]):
-            if job.prefill(self._engine):
-                self._end(job)
-            elif isinstance(job, Generation) and job.prompt_read:
-                self._decoding.append(job)
-                self._prefilling.popleft()
-            else:
+            if not job.prefill(self._engine):
                 self._prefilling.rotate(-1)
+            elif isinstance(job, Generation):
+                self._sampling.append(job)
+                self._prefilling.popleft()
+                self._begin_sample(job)
+            else:
+                self._end(job)
+
+    def _begin_sample(self, job: Generation) -> None:
+        with self._blaming([job]):
+            ended = job.next_sample(self._engine)
+            with self._changed:
+                self._waiting.discard(job)
+                if job.more:
+                    self._waiting.push(job)
+            if ended:
+                self._end_sample(job.running[-1])
 
     def _decode(self) -> None:
-        engine, jobs = self._engine, list(self._decoding)
-        if not jobs:
+        engine, samples = self._engine, self._decoding
+        if not samples:
             return
         # A step that fails leaves states half-way, those of all its sequences.
-        with self._blaming(jobs):
-            logits = engine.decode([job.place for job in jobs], [job.output[-1] for job in jobs])
+        with self._blaming([sample.request for sample in samples]):
+            logits = engine.decode(
+                [sample.place for sample in samples], [sample.output[-1] for sample in samples]
+            )
             assert engine.best is not None
-            for job in jobs:
-                job.stream_chosen()  # while the device is at it
-            for row, job in enumerate(jobs):
-                with self._blaming([job]):
-                    if job.accept(engine, logits[row], engine.best[row]):
-                        self._end(job)
+            for sample in samples:
+                sample.stream_chosen()  # while the device is at it
+            for row, sample in enumerate(samples):
+                if sample.request in self._endings:  # not if an earlier sample of it has failed
+                    with self._blaming([sample.request]):
+                        if sample.accept(engine, logits[row], engine.best[row]):
+                            self._end_sample(sample)
+
+    def _end_sample(self, sample: Sample) -> None:
+        job = sample.request
+        job.end_sample(sample, self._engine)
+        if job.done:
+            self._end(job)
+            if len(job.samples) == 1:
+                self._answers.note(job.prompt, sample.output)
 
     @contextmanager
     def _blaming(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """A ServingError in the block is the ending of these jobs."""
+        """The block works for these jobs; a ServingError in it is their ending."""
         try:
-            yield
+            with working_for(Origin.merged(job.origin for job in jobs)):
+                yield
         except ServingError as error:
-            for job in jobs:
+            for job in dict.fromkeys(jobs):
                 self._end(job, error)
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
         """The ending of a job that has a place, which is free afterwards."""
-        if isinstance(job, Generation) and job in self._decoding:
-            self._decoding.remove(job)
+        if isinstance(job, Generation) and job in self._sampling:
+            self._sampling.remove(job)
+            with self._changed:
+                self._waiting.discard(job)
         else:
             self._prefilling.remove(job)
         job.end(self._engine)
@@ -191,13 +240,14 @@ class Scheduler:
 
     def _drop_waiting(self) -> None:
         """Clients that gave up while waiting make room."""
-        for job in [job for job in self._waiting if job.cancelled]:
-            self._waiting.remove(job)
-            self._endings.pop(job)(None)
-
-    def _running_jobs(self) -> list[Job]:
-        return [*self._prefilling, *self._decoding]
+        for job in self._waiting:
+            if job.cancelled and not job.begun:
+                self._waiting.discard(job)
+                self._endings.pop(job)(None)
 
     @property
-    def _free_places(self) -> int:
-        return self._engine.pools.sequences - self.running
+    def _decoding(self) -> list[Sample]:
+        return [sample for job in self._sampling for sample in job.running]
+
+    def _running_jobs(self) -> list[Job]:
+        return [*self._prefilling, *self._sampling]

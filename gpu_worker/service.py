@@ -1,24 +1,47 @@
 """The generation service: gRPC calls to jobs, and jobs' messages back to streams.
 
-A call submits one job and streams what it emits; when the client goes away, the job is cancelled and ends
-within one step. Translation of fields lives in `protocol`, errors become statuses in `common.grpc_server`.
+A call submits one job and streams what it emits; when the client goes away or its time is up, the job is
+cancelled and ends within one step. Not here: translation of fields (`protocol`), errors made statuses
+(`common.grpc_server`), whether calls are accepted at all (`lifecycle`), what clients leave unread (`outbox`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from prometheus_client.core import Metric
 
+from common import origin
 from common.errors import InvalidRequest
+from common.key_usage import check_allowance
+from common.metrics import read_on_loop
+from common.process import resident_bytes
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerServicer
+from gpu_worker.chats import reply_forms
 from gpu_worker.jobs import Generation, Job, Scoring, check_tokens
-from gpu_worker.protocol import cache_message, check_version, parts_message, prompt_tokens, sampling_params
+from gpu_worker.lifecycle import STARTING, Lifecycle
+from gpu_worker.metrics import WorkerMetrics, figures_of
+from gpu_worker.outbox import Outbox
+from gpu_worker.protocol import (
+    cache_message,
+    check_version,
+    layer_messages,
+    parts_message,
+    prefix_fields,
+    prompt_tokens,
+    samples_of,
+    sampling_params,
+)
+from gpu_worker.request_watch import RequestWatch
+from gpu_worker.sequences import sequence_messages
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -27,72 +50,55 @@ if TYPE_CHECKING:
     from gpu_worker.server import Worker
 
 
-@dataclass
-class _End:
-    """The last thing in a job's outbox."""
-
-    error: BaseException | None
-
-
-class _Outbox:
-    """What a job says, from the engine's thread to the event loop. Unbounded: a job's output is bounded."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
-
-    def emit(self, message: Any) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, message)
-
-    def end(self, error: BaseException | None) -> None:
-        self.emit(_End(error))
-
-    async def messages(self) -> AsyncIterator[Any]:
-        """Messages until the job's end; raises its error."""
-        while not isinstance(message := await self._queue.get(), _End):
-            yield message
-        if message.error is not None:
-            raise message.error
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")  # what is in log lines and headers as it is
 
 
 class GenerationService(GpuWorkerServicer):
-    """Answers for one running worker."""
+    """Answers for one running worker, from before it has a model."""
 
-    def __init__(self, worker: Worker, model: ServedModel, scheduler: Scheduler) -> None:
-        self.worker, self.model, self.scheduler = worker, model, scheduler
+    model: ServedModel  # these two from `begin` on
+    scheduler: Scheduler
+
+    def __init__(self, worker: Worker, life: Lifecycle) -> None:
+        self.worker, self.life = worker, life
         self.requests = 0
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
+        self.cancelled = 0
+        self.unread = 0
+        self.metrics = WorkerMetrics(read_on_loop(self._figures))
+
+    def begin(self, model: ServedModel, scheduler: Scheduler) -> None:
+        """From now on there is something to ask."""
+        self.model, self.scheduler = model, scheduler
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateEvent]:
-        check_version(request.protocol_version)
-        model, outbox = self.model, _Outbox()
-        prompt = await asyncio.to_thread(prompt_tokens, request, model.tokenizer)  # a book takes seconds
-        check_tokens(prompt, model.config.vocab_size, model.max_context)
-        params = sampling_params(request.sampling)
-        if params.stop and model.tokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer, which this checkpoint lacks")
-        job = Generation(prompt, params, model.eos_token_ids, model.tokenizer, outbox.emit)
-        try:
-            async for event in self._run(job, outbox):
-                yield event
-        finally:
-            self.prompt_tokens += len(prompt)
-            self.completion_tokens += len(job.output)
+        await _identify(context)
+        with RequestWatch(self.metrics, "generate", context.time_remaining()) as watch, self.life.call():
+            outbox = Outbox()
+            job = await self._generation(request, outbox)
+            watch.follow(job)
+            in_reasoning = job.tokenizer is not None and job.tokenizer.opens_reasoning(job.prompt)
+            async with aclosing(self._run(job, outbox)) as events:
+                async for event in events:
+                    event.in_reasoning = in_reasoning
+                    yield event
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> AsyncIterator[pb.ScoreEvent]:
-        check_version(request.protocol_version)
-        model, outbox = self.model, _Outbox()
-        tokens = await asyncio.to_thread(prompt_tokens, request, model.tokenizer)
-        check_tokens(tokens, model.config.vocab_size, longest=1 << 31)
-        window, stride = _window(request, model.max_context)
-        async for event in self._run(Scoring(tokens, window, stride, outbox.emit), outbox):
-            yield event
-        self.prompt_tokens += len(tokens)
+        await _identify(context)
+        with RequestWatch(self.metrics, "score", context.time_remaining()) as watch, self.life.call():
+            outbox = Outbox()
+            job = await self._scoring(request, outbox)
+            watch.follow(job)
+            async with aclosing(self._run(job, outbox)) as events:
+                async for event in events:
+                    yield event
 
     async def ModelInfo(self, request: pb.ModelInfoRequest, context: Context) -> pb.ModelInfoReply:
+        self.life.check_loaded()
+        return self._model_info()
+
+    def _model_info(self) -> pb.ModelInfoReply:
         model, config = self.model, self.model.config
         return pb.ModelInfoReply(
             model=model.name,
@@ -107,9 +113,15 @@ class GenerationService(GpuWorkerServicer):
             layers=config.num_layers,
             experts_per_layer=config.n_routed_experts,
             experts_per_token=config.num_experts_per_tok,
+            max_sequences=model.engine.pools.sequences,
+            **reply_forms(model.tokenizer),
         )
 
     async def Stats(self, request: pb.WorkerStatsRequest, context: Context) -> pb.WorkerStats:
+        return await self._stats()
+
+    async def _stats(self) -> pb.WorkerStats:
+        self.life.check_loaded()
         worker, scheduler = self.worker, self.scheduler
         experts = self.model.engine.experts
         # On a GPU they are the device's, and reading them waits for the step that it is at.
@@ -125,17 +137,28 @@ class GenerationService(GpuWorkerServicer):
             hints_useful=ahead.useful,
             requests=self.requests,
             requests_failed=scheduler.failed,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
+            prompt_tokens=self.metrics.prompt_tokens,
+            completion_tokens=self.metrics.completion_tokens,
             running=scheduler.running,
             waiting=scheduler.waiting,
             store="attached" if worker.link.attachment else "lost",
             uptime_seconds=time.monotonic() - worker.started,
             parts=parts_message(self.model.engine.model.times, counters),
+            state=self.life.state,
+            ready=worker.ready,
+            requests_cancelled=self.cancelled,
+            requests_unread=self.unread,
+            layers=layer_messages(counters),
+            prefetch_useful_bytes=ahead.useful_bytes,
+            prefetch_wasted_bytes=ahead.wasted_bytes,
+            sequences=sequence_messages(scheduler.jobs),
+            resident_bytes=resident_bytes(),
+            store_address=str(worker.config.store),
+            **prefix_fields(self.model.engine),
             **self._vram(),
         )
 
-    def _vram(self) -> dict[str, int]:
+    def _vram(self) -> dict[str, Any]:
         """Fields of WorkerStats; none on a CPU."""
         if self.model.memory is None:
             return {}
@@ -147,19 +170,71 @@ class GenerationService(GpuWorkerServicer):
             "vram_tensors_peak": use.tensors,
         }
 
+    async def _figures(self) -> list[Metric]:
+        """For the metrics page."""
+        if self.life.state == STARTING:
+            return []
+        return list(figures_of(await self._stats(), self._model_info()))
+
     async def Stop(self, request: pb.StopWorkerRequest, context: Context) -> pb.StopWorkerReply:
         # After the reply is on its way.
         asyncio.get_running_loop().call_later(0.05, self.worker.stop)
-        return pb.StopWorkerReply()
+        return pb.StopWorkerReply(calls=self.life.calls, drain_timeout=self.worker.config.drain_timeout)
 
-    async def _run(self, job: Job, outbox: _Outbox) -> AsyncIterator[Any]:
+    async def _generation(self, request: pb.GenerateRequest, outbox: Outbox) -> Generation:
+        check_version(request.protocol_version)
+        model = self.model
+        prompt = await asyncio.to_thread(prompt_tokens, request, model.tokenizer)  # a book takes seconds
+        check_tokens(prompt, model.config.vocab_size, model.max_context)
+        params = sampling_params(request.sampling)
+        if params.stop and model.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, which this checkpoint lacks; leave them out")
+        check_allowance(len(prompt), params.max_new_tokens * samples_of(request), request.priority)
+        return Generation(
+            prompt,
+            params,
+            model.eos_token_ids,
+            model.tokenizer,
+            outbox.emit,
+            samples_of(request),
+            request.priority,
+        )
+
+    async def _scoring(self, request: pb.ScoreRequest, outbox: Outbox) -> Scoring:
+        check_version(request.protocol_version)
+        model = self.model
+        tokens = await asyncio.to_thread(prompt_tokens, request, model.tokenizer)
+        check_tokens(tokens, model.config.vocab_size, longest=1 << 31)
+        check_allowance(len(tokens))
+        window, stride = _window(request, model.max_context)
+        return Scoring(tokens, window, stride, outbox.emit)
+
+    async def _run(self, job: Job, outbox: Outbox) -> AsyncGenerator[Any, None]:
+        def give_up() -> None:
+            self.unread += 1
+            job.cancelled = True
+
         self.requests += 1
+        outbox.on_full = give_up
         self.scheduler.submit(job, outbox.end)
         try:
             async for message in outbox.messages():
                 yield message
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
         finally:
-            job.cancelled = True  # no effect on a job that has ended
+            job.cancelled = True  # no effect on one that has ended
+
+
+async def _identify(context: Context) -> None:
+    """From here on this task works for the request's id: the client's, or a new one; the client is told."""
+    given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    name = given.get(origin.REQUEST_ID, "")
+    if not _REQUEST_ID.fullmatch(name):
+        name = uuid.uuid4().hex
+    origin.work_for(origin.Origin((name,), given.get(origin.TRACEPARENT, "")))
+    await context.send_initial_metadata(((origin.REQUEST_ID, name),))
 
 
 def _window(request: pb.ScoreRequest, max_context: int) -> tuple[int, int]:

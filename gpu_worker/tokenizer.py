@@ -17,6 +17,8 @@ from typing import Any
 import tokenizers
 
 from common.errors import CheckpointError, InvalidRequest
+from gpu_worker.chat_template import THINK, ChatTemplate
+from gpu_worker.token_pieces import TokenPieces
 
 # Any of these makes a directory one with a tokenizer, which must then load.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -25,6 +27,7 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _CHANGING_OPTIONS = ("add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FEW = 8  # tokens at the end of a prompt, among which the one that opens reasoning is
 
 
 class Tokenizer:
@@ -32,8 +35,11 @@ class Tokenizer:
 
     def __init__(self, directory: Path, backend: tokenizers.Tokenizer) -> None:
         self._directory, self._backend = directory, backend
+        self.chat_template = _chat_template(directory)
+        marks = self.chat_template.marks if self.chat_template else ()
         added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(token for token, word in added.items() if word.special)
+        special = (token for token, word in added.items() if word.special and word.content not in marks)
+        self.special_ids = frozenset(special)  # those without a text
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer | None:
@@ -43,40 +49,66 @@ class Tokenizer:
         try:
             # tokenizers raises bare Exception for a file it cannot parse, so nothing narrower will do.
             backend = _load_unchanged(directory) or _load_by_transformers(directory).backend_tokenizer
+            return cls(directory, backend)
         except Exception as error:
             raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
-        return cls(directory, backend)
 
     @property
     def has_chat_template(self) -> bool:
-        config = _config(self._directory)
-        return "chat_template" in config or (self._directory / "chat_template.jinja").exists()
+        return self.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer puts around a text."""
         return list(self._backend.encode(text).ids)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a chat ({"role", "content"} each), up to where the assistant's answer begins."""
-        if not self.has_chat_template:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a chat, up to where the assistant's answer begins.
+
+        Messages have role and content, and may have what else the template reads (tool_calls, name, ...);
+        tools are objects as OpenAI defines them; `arguments` are further variables of the template.
+        """
+        if self.chat_template is None:
             raise InvalidRequest("this checkpoint has no chat template; send text or token ids")
         if not messages:
             raise InvalidRequest("the chat has no messages")
+        self.chat_template.check(tools, arguments or {})
         try:
             ids = self._by_transformers.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+                [dict(message) for message in messages],
+                tools=list(tools) or None,
+                add_generation_prompt=True,
+                return_dict=False,
+                **(arguments or {}),
             )
         except Exception as error:  # whatever the caller's text makes the checkpoint's template do
             raise InvalidRequest(f"the chat template rejects these messages: {error}") from error
         return list(ids)
 
+    def opens_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether an answer to `prompt` begins within reasoning, because the prompt ends with `<think>`."""
+        return self.decode(prompt[-_FEW:]).rstrip().endswith(THINK)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens. Ids that the tokenizer does not know have no text."""
         # Without transformers' clean-up of spaces: it looks across tokens, and a stream could not follow.
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        shown = [token for token in ids if token not in self.special_ids]
+        return self._backend.decode(shown, skip_special_tokens=False)
+
+    def piece(self, token: int) -> bytes:
+        """The token's own bytes, which may be a part of a character."""
+        return self._pieces(token)
 
     def stream(self) -> TokenStream:
         return TokenStream(self)
+
+    @cached_property
+    def _pieces(self) -> TokenPieces:
+        return TokenPieces(self._backend)
 
     @cached_property
     def _by_transformers(self) -> Any:
@@ -142,6 +174,16 @@ def _load_by_transformers(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _chat_template(directory: Path) -> ChatTemplate | None:
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return ChatTemplate([path.read_text(encoding="utf-8")])
+    given = _config(directory).get("chat_template")
+    if isinstance(given, list):  # several, each with its name
+        return ChatTemplate([entry["template"] for entry in given])
+    return ChatTemplate([given]) if given else None
 
 
 def _config(directory: Path) -> dict[str, Any]:

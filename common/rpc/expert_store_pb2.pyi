@@ -63,7 +63,7 @@ class StoreStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StoreStats(_message.Message):
-    __slots__ = ("model", "checkpoint", "fingerprint", "layers", "experts_per_layer", "record_bytes", "frames", "ready_frames", "pinned_frames", "arena_bytes", "page_locked", "staged_records", "staged_bytes", "staging_seconds", "demands", "demands_ready", "hints", "evictions", "uptime_seconds", "leases", "preload_seconds")
+    __slots__ = ("model", "checkpoint", "fingerprint", "layers", "experts_per_layer", "record_bytes", "frames", "ready_frames", "pinned_frames", "arena_bytes", "page_locked", "staged_records", "staged_bytes", "staging_seconds", "demands", "demands_ready", "hints", "evictions", "uptime_seconds", "leases", "preload_seconds", "hinted_bytes", "refused", "resident_bytes")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,9 @@ class StoreStats(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     PRELOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HINTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     model: str
     checkpoint: str
     fingerprint: str
@@ -106,7 +109,10 @@ class StoreStats(_message.Message):
     uptime_seconds: float
     leases: _containers.RepeatedCompositeFieldContainer[LeaseInfo]
     preload_seconds: float
-    def __init__(self, model: _Optional[str] = ..., checkpoint: _Optional[str] = ..., fingerprint: _Optional[str] = ..., layers: _Optional[int] = ..., experts_per_layer: _Optional[int] = ..., record_bytes: _Optional[int] = ..., frames: _Optional[int] = ..., ready_frames: _Optional[int] = ..., pinned_frames: _Optional[int] = ..., arena_bytes: _Optional[int] = ..., page_locked: bool = ..., staged_records: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., staging_seconds: _Optional[float] = ..., demands: _Optional[int] = ..., demands_ready: _Optional[int] = ..., hints: _Optional[int] = ..., evictions: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., preload_seconds: _Optional[float] = ...) -> None: ...
+    hinted_bytes: int
+    refused: int
+    resident_bytes: int
+    def __init__(self, model: _Optional[str] = ..., checkpoint: _Optional[str] = ..., fingerprint: _Optional[str] = ..., layers: _Optional[int] = ..., experts_per_layer: _Optional[int] = ..., record_bytes: _Optional[int] = ..., frames: _Optional[int] = ..., ready_frames: _Optional[int] = ..., pinned_frames: _Optional[int] = ..., arena_bytes: _Optional[int] = ..., page_locked: bool = ..., staged_records: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., staging_seconds: _Optional[float] = ..., demands: _Optional[int] = ..., demands_ready: _Optional[int] = ..., hints: _Optional[int] = ..., evictions: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., preload_seconds: _Optional[float] = ..., hinted_bytes: _Optional[int] = ..., refused: _Optional[int] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
 
 class LeaseInfo(_message.Message):
     __slots__ = ("lease_id", "worker", "pid", "pinned_frames")

@@ -65,7 +65,7 @@ class GpuWorkerServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams the continuation of a prompt; the last event is always `finish`.
+        """Streams the continuations of a prompt; the last event of each is always `finish`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,7 +91,7 @@ class GpuWorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Stop(self, request, context):
-        """Ends the process in good order, as SIGTERM does.
+        """Ends the process in good order, as SIGTERM does: requests in progress finish, as far as time suffices.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

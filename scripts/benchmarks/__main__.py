@@ -14,11 +14,13 @@ import codec
 import errors
 import five_blocks
 import full
+import gateway
 import kernels
 import loading
 import machine
 import records
 import round_trip
+import scheduler_share
 from measure import Comparison, Figure
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +36,8 @@ GROUPS: dict[str, Callable[[], Iterator[Any]]] = {
     "round-trip": round_trip.benchmark,
     "five-blocks": five_blocks.benchmark,
     "clients": clients.benchmark,
+    "gateway": gateway.benchmark,
+    "scheduler": scheduler_share.benchmark,
 }
 FULL = "full"
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from gpu_worker.engine import Engine
+from gpu_worker.prefix_cache.cuts import CutLaw
 from tests.helpers.engines import full_arena, load
 from tests.helpers.models import make_hf_model, pack_model
 from tests.helpers.scheduling import serving
@@ -16,7 +17,7 @@ PROMPT = [5, 3, 80, 2]
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     directory = tmp_path_factory.mktemp("model")
     with full_arena(pack_model(make_hf_model(directory / "hf"), directory / "packed")) as link:
-        yield load(link, max_sequences=2).engine
+        yield load(link, max_sequences=2, prefix_cache=0).engine
 
 
 def test_a_token_is_streamed_while_the_next_is_computed(
@@ -33,7 +34,7 @@ def test_a_token_is_streamed_while_the_next_is_computed(
             served.scheduler.start()
             answers.append(request.tokens())
         assert " ".join(served.events) == order
-        assert answers[-1] == request.job.output
+        assert answers[-1] == request.output
     assert answers[0] == answers[1]
 
 
@@ -42,7 +43,7 @@ def test_tokens_of_a_batch_are_streamed_while_the_next_are_computed(
 ) -> None:
     """Of all its sequences, but before a chunk of another's prompt, which takes longer than a step."""
     monkeypatch.setattr(engine, "launches_only", True)
-    monkeypatch.setattr(engine, "prefill_chunk", 3)
+    monkeypatch.setattr(engine, "cut_law", CutLaw(3, 3))
     with serving(engine, monkeypatch) as served:
         a, b = served.generate("a", [1], max_new_tokens=5), served.generate("b", PROMPT, max_new_tokens=3)
         served.scheduler.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.account import Account, Entry
@@ -16,6 +17,24 @@ def test_stats_have_the_gpus_memory_beside_its_budget_and_nothing_of_the_kind_on
     text = as_text(stats_table(stats, pb.ModelInfoReply()))
     assert "at most 7.41 GB of 7.6 GB (tensors 6.2 GB), now 7.1 GB" in text
     assert "device memory" not in as_text(stats_table(pb.WorkerStats(), pb.ModelInfoReply()))
+
+
+def test_what_was_fetched_early_is_told_by_its_use() -> None:
+    stats = pb.WorkerStats(prefetch_useful_bytes=3_000_000_000, prefetch_wasted_bytes=500_000_000)
+    text = as_text(stats_table(stats, pb.ModelInfoReply()))
+    assert "3 GB that were needed, 500 MB in vain" in text
+    assert "in vain" not in as_text(stats_table(pb.WorkerStats(), pb.ModelInfoReply()))
+
+
+def test_stats_tell_what_a_worker_is_at() -> None:
+    def shown(**stats: Any) -> str:
+        return as_text(stats_table(pb.WorkerStats(**stats), pb.ModelInfoReply()))
+
+    assert "serving, but not ready" in shown(state="serving", requests_unread=2)
+    assert "2 did not read what came" in shown(state="serving", requests_unread=2)
+    ready = shown(state="serving", ready=True)
+    assert "serving" in ready and "not ready" not in ready and "slow clients" not in ready
+    assert "draining" in shown(state="draining")
 
 
 def test_an_account_is_told_line_by_line_and_aligned() -> None:

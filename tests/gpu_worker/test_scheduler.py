@@ -16,7 +16,8 @@ import torch
 from common.errors import Exhausted, ServingError, Unavailable
 from gpu_worker.device_errors import DeviceFailed
 from gpu_worker.engine import Engine
-from gpu_worker.jobs import NotFinite
+from gpu_worker.prefix_cache.cuts import CutLaw
+from gpu_worker.samples import NotFinite
 from tests.helpers.engines import full_arena, load
 from tests.helpers.models import make_hf_model, pack_model
 from tests.helpers.scheduling import Request, Served, serving
@@ -44,8 +45,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     directory = tmp_path_factory.mktemp("model")
     checkpoint = pack_model(make_hf_model(directory / "hf"), directory / "packed")
     with full_arena(checkpoint) as link:
-        engine = load(link, max_sequences=PLACES, slots=4).engine
-        engine.prefill_chunk = CHUNK
+        engine = load(link, max_sequences=PLACES, slots=4, prefix_cache=0).engine
+        engine.cut_law = CutLaw(CHUNK, CHUNK)
         yield engine
 
 
@@ -158,7 +159,7 @@ def test_who_is_cancelled_leaves_and_the_others_answer_as_ever(
     served.wait_for(5)
     assert [request.ending() for request in (a, c, e)] == [None] * 3
     assert (b.tokens(), f.tokens()) == (alone["b"], alone["f"])
-    assert c.job.output == alone["c"][:3] and not a.messages and not e.messages
+    assert c.output == alone["c"][:3] and not a.messages and not e.messages
     begun = "p:a p:b d:b p:c d:bc p:a d:bc p:a d:b p:f d:bf"
     assert " ".join(served.steps[:11]) == begun
 
@@ -197,7 +198,7 @@ def test_logits_that_are_not_finite_fail_their_sequence_alone(
     served: Served, alone: dict[str, list[int]]
 ) -> None:
     def poison() -> None:
-        served.engine.pools.ssm[:, b.job.place] = torch.nan
+        served.engine.pools.ssm[:, b.places[0]] = torch.nan
 
     b, c = ask(served, "b"), ask(served, "c")
     served.at[5] = poison

@@ -14,6 +14,7 @@ from common.checkpoint.names import dense_shapes, packable_dense
 from common.checkpoint.source import Stored
 from common.errors import ConfigError
 from common.model_config import ModelConfig
+from common.options import settings_of
 from common.record import ExpertBits, record_layouts
 from common.units import parse_size
 from expert_store.synth.shapes import NEMOTRON_30B, config_json
@@ -26,6 +27,7 @@ from gpu_worker.sizing import (
     check_expert_bits,
     choose_account,
     dense_bits_hint,
+    resolve_prefix_cache,
     resolve_sequences,
 )
 from tests.helpers.engines import NOWHERE
@@ -238,6 +240,15 @@ def test_sequences_as_named_else_what_costs_no_slots_and_little_memory(
     # A sequence of the 30B's whole context takes 3.3 GB.
     assert [sequences(gigabytes=size) for size in (8, 64, 100, 1000)] == [1, 2, 3, 8]
     assert sequences(gigabytes=8, max_context=4096) == 8
+
+
+def test_the_prefix_cache_gets_what_was_named_else_a_small_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "_memory", lambda: 32 * GB)
+    assert resolve_prefix_cache(configured()) == GB
+    named = {"0": 0, "1.5GB": 1_500_000_000}
+    (option,) = (setting for setting in settings_of(WorkerConfig) if setting.key == "prefix-cache")
+    for text, size in named.items():
+        assert resolve_prefix_cache(configured(prefix_cache=option.value(text))) == size
 
 
 def test_frames_serve_no_gpu(device: Device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -123,8 +124,8 @@ def prompt_logits(engine: Engine, tokens: list[int]) -> torch.Tensor:
 
 def chunks(engine: Engine, tokens: list[int]) -> list[list[int]]:
     """A prompt as the worker cuts it."""
-    size = engine.prefill_chunk
-    return [tokens[start : start + size] for start in range(0, len(tokens), size)]
+    cuts = [0, *(cut for cut in engine.cut_law.cuts(tokens) if cut < len(tokens)), len(tokens)]
+    return [tokens[start:end] for start, end in pairwise(cuts)]
 
 
 def greedy(engine: Engine, tokens: list[int], count: int) -> tuple[list[int], torch.Tensor]:

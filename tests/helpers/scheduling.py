@@ -7,6 +7,7 @@ Events are told by the names of those who took part: "p:a" is a chunk of a's pro
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,19 @@ class Request:
         assert self.ending() is None
         return [token.id for token in self.streamed]
 
+    def samples(self) -> list[list[int]]:
+        """What was streamed under each index, once it has ended well; the last of each is its finish."""
+        assert self.ending() is None
+        by_index: dict[int, list[pb.GenerateEvent]] = {}
+        for message in self.messages:
+            by_index.setdefault(message.index, []).append(message)
+        for events in by_index.values():
+            assert [event.HasField("finish") for event in events] == [False] * (len(events) - 1) + [True]
+        return [
+            [token.id for event in events for token in event.delta.tokens]
+            for _, events in sorted(by_index.items())
+        ]
+
     @property
     def streamed(self) -> list[pb.Token]:
         deltas = [message.delta for message in self.messages if isinstance(message, pb.GenerateEvent)]
@@ -61,6 +75,18 @@ class Request:
     @property
     def finish(self) -> pb.Finish:
         return self.messages[-1].finish
+
+    @property
+    def places(self) -> list[int]:
+        """Those that it has now."""
+        samples = self.job.running if isinstance(self.job, Generation) else []
+        return [place for place in (self.job.place, *(sample.place for sample in samples)) if place >= 0]
+
+    @property
+    def output(self) -> list[int]:
+        """Of its first sample, streamed or not."""
+        assert isinstance(self.job, Generation)
+        return self.job.samples[0].output
 
 
 class Served:
@@ -72,6 +98,7 @@ class Served:
         self.events: list[str] = []
         self.at: dict[int, Callable[[], object]] = {}
         self.requests: list[Request] = []
+        self.eos: tuple[int, ...] = ()  # of requests to come
         self._changed = threading.Condition()
 
     @property
@@ -79,7 +106,9 @@ class Served:
         """The events that are the engine's."""
         return [event for event in self.events if event[0] in "pd"]
 
-    def generate(self, name: str, prompt: Sequence[int], **sampling: Any) -> Request:
+    def generate(
+        self, name: str, prompt: Sequence[int], samples: int = 1, priority: int = 0, **sampling: Any
+    ) -> Request:
         """Raises what the scheduler raises."""
         request = Request(name, self._changed)
 
@@ -87,7 +116,7 @@ class Served:
             request.messages.append(event)
             self.events.append(f"{'f' if event.HasField('finish') else 't'}:{name}")
 
-        request.job = Generation(prompt, SamplingParams(**sampling), (), None, emit)
+        request.job = Generation(prompt, SamplingParams(**sampling), self.eos, None, emit, samples, priority)
         return self._submit(request)
 
     def score(self, name: str, tokens: Sequence[int], window: int, stride: int) -> Request:
@@ -112,11 +141,18 @@ class Served:
             )
         assert ended, f"after {self.steps[-5:]}: {[r.name for r in self.requests if not r.endings]}"
 
+    def idle(self) -> None:
+        """Until the answers of requests that have ended are read for their next turns."""
+        deadline = time.monotonic() + WAIT
+        while self.scheduler._answers:
+            assert time.monotonic() < deadline, "the scheduler does not come to rest"
+            time.sleep(0.01)
+
     def note(self, kind: str, places: Sequence[int]) -> None:
         if action := self.at.pop(len(self.steps), None):
             action()
-        names = [r.name for r in self.requests if r.job.place in places and not r.endings]
-        self.events.append(f"{kind}:{''.join(sorted(names))}")
+        owners = [r.name for r in self.requests for place in r.places if place in places and not r.endings]
+        self.events.append(f"{kind}:{''.join(sorted(owners))}")
 
 
 @contextmanager

@@ -1,12 +1,15 @@
-"""Real processes for tests: started by their console scripts, awaited by their health service, not by sleep.
+"""Real processes for tests: awaited by their health service, not by sleep.
 
-Each pair lives in a runtime directory of its own, so nothing is shared between tests but the machine.
+Each pair lives in a runtime directory of its own, so nothing is shared between tests but the machine. Stores
+and workers of a pair, and the commands it runs, are forked (see `forked`); a `Process` of a test's own is a
+console script from its first line.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +26,7 @@ from common.rpc import expert_store_pb2 as store_pb2
 from common.rpc import gpu_worker_pb2 as worker_pb2
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
 from gpu_worker.client import Generated, WorkerClient
+from tests.system.forked import PROGRAMS, ForkedProcess, run_forked
 
 SCRIPTS = Path(sys.executable).parent
 READY = 60.0  # seconds; generous, since the machine may be busy
@@ -34,13 +38,23 @@ def environment(runtime: Path) -> dict[str, str]:
 
 
 class Process:
-    """One console script in the background, its stderr kept for the failure report."""
+    """One process in the background, its stderr kept for the failure report."""
 
-    def __init__(self, runtime: Path, *command: str) -> None:
-        self.log = runtime / f"{command[0]}-{time.monotonic_ns()}.log"
+    def __init__(
+        self, runtime: Path, *command: str, forked: bool = False, more: dict[str, str] | None = None
+    ) -> None:
+        """`more`: of the environment of one that is not forked."""
+        self.log = runtime / f"{Path(command[0]).name}-{time.monotonic_ns()}.log"
+        self.popen: subprocess.Popen[bytes] | ForkedProcess
+        if forked:
+            self.popen = ForkedProcess(command, environment(runtime), self.log, self.log)
+            return
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(
-                [str(SCRIPTS / command[0]), *command[1:]], stderr=log, stdout=log, env=environment(runtime)
+                [str(SCRIPTS / command[0]), *command[1:]],
+                stderr=log,
+                stdout=log,
+                env=environment(runtime) | (more or {}),
             )
 
     def wait_ready(self, address: Address) -> None:
@@ -71,6 +85,9 @@ class Pair:
         self.store_address = Address.parse(f"unix:{runtime}/store.sock")
         self.worker_address = Address.parse(f"unix:{runtime}/worker.sock")
         self.processes: list[Process] = []
+        # Of what is started from now on; given either, it is a console script and not forked.
+        self.environment: dict[str, str] = {}
+        self.open_files: int | None = None
 
     def start_store(self, *options: str) -> Process:
         self.store = self._start(self.store_address, "expert-store", "start", self.model, *options)
@@ -81,18 +98,16 @@ class Pair:
         return self.worker
 
     def generate(self, tokens: Sequence[int], count: int, **sampling: Any) -> Generated:
+        """Once: what becomes of it, tests want to see."""
         result = Generated()
-        with WorkerClient(self.worker_address) as client:
+        with WorkerClient(self.worker_address, retry_for=0) as client:
             for event in client.generate(list(tokens), max_new_tokens=count, ignore_eos=True, **sampling):
                 result.add(event)
         return result
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A command of the user's, to its end."""
-        done = subprocess.run(
-            [str(SCRIPTS / command[0]), *command[1:]],
-            capture_output=True, text=True, env=environment(self.runtime), timeout=READY, check=False,
-        )  # fmt: skip
+        done = run_forked(command, environment(self.runtime), READY)
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done
 
@@ -113,7 +128,11 @@ class Pair:
         return files
 
     def _start(self, address: Address, *command: str) -> Process:
-        process = Process(self.runtime, *command)
+        if self.open_files is not None:
+            limit = f"--nofile={self.open_files}:{self.open_files}"
+            command = ("/usr/bin/prlimit", limit, str(SCRIPTS / command[0]), *command[1:])
+        forked = command[0] in PROGRAMS and not self.environment
+        process = Process(self.runtime, *command, forked=forked, more=self.environment)
         self.processes.append(process)
         process.wait_ready(address)
         return process
@@ -141,3 +160,11 @@ def eventually(condition: Callable[[], bool], within: float, what: str) -> float
         assert time.monotonic() - started < within, f"{what} did not happen within {within:g} s"
         time.sleep(0.02)
     return time.monotonic() - started
+
+
+def free_port() -> int:
+    """Of loopback. Whoever takes it next, it is not in use now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from common.expert_key import ExpertKey
-from common.messages import Failed, Fault, Kind, request, unpack_reply
+from common.messages import PROTOCOL_VERSION, Failed, Fault, Kind, request, unpack_reply
 from common.rpc import expert_store_pb2, gpu_worker_pb2
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerStub
@@ -154,7 +154,7 @@ def test_an_expert_that_does_not_exist(pair: Pair) -> None:
         zmq.Context() as context,
         context.socket(zmq.DEALER) as socket,
     ):
-        attach = expert_store_pb2.AttachRequest(protocol_version=1, worker="test", pid=1)
+        attach = expert_store_pb2.AttachRequest(protocol_version=PROTOCOL_VERSION, worker="test", pid=1)
         reply = ExpertStoreStub(channel).Attach(attach, timeout=SHORT)
         socket.connect(reply.data_endpoint)
         socket.send(request(Kind.STAGE, 3, reply.lease_id, [ExpertKey(4, 0)]))

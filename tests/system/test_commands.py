@@ -77,6 +77,31 @@ def test_a_seed_reproduces_a_sample_and_another_does_not(pair: Pair) -> None:
     assert first == again != other
 
 
+def test_several_samples_are_told_one_after_the_other(pair: Pair) -> None:
+    options = (PROMPT, "--samples", "2", "--temperature", "1.2", "--seed", "7", "--max-new-tokens", "12")
+    both = generate(pair, *options)["samples"]
+    assert [sample["usage"]["completion_tokens"] for sample in both] == [12, 12]
+    assert both[0]["text"] != both[1]["text"]
+    shown = pair.run("gpu-worker", "generate", *options).stdout
+    assert shown == "".join(f"[{n}] 12 tokens, length\n{sample['text']}\n" for n, sample in enumerate(both))
+
+
+def test_a_time_limit_is_told_in_words(pair: Pair) -> None:
+    failed = pair.run(
+        "gpu-worker",
+        "generate",
+        PROMPT,
+        "--max-new-tokens",
+        "2000",
+        "--ignore-eos",
+        "--timeout",
+        "0.3",
+        check=False,
+    )
+    assert failed.returncode == 1
+    assert "did not answer in full within the time given" in failed.stderr.replace("\n", " ")
+
+
 def test_chat_uses_the_checkpoints_template(pair: Pair) -> None:
     plain = generate(pair, "hello", "--max-new-tokens", "1")["usage"]["prompt_tokens"]
     assert generate(pair, "hello", "--chat", "--max-new-tokens", "1")["usage"]["prompt_tokens"] > plain

@@ -52,7 +52,7 @@ def test_a_signal_while_starting_leaves_nothing(
 def test_a_worker_that_waits_for_the_disk_stops_at_once(pair: Pair, record_bytes: int) -> None:
     """Its store stands still in the middle of a fetch: stopping does not wait for the fetch's time limit."""
     pair.start_store("--ram", str(record_bytes))
-    pair.start_worker("--slots", "1")
+    pair.start_worker("--slots", "1", "--drain-timeout", "0")
     pair.store.signal(signal.SIGSTOP)
     ended: list[ServingError] = []
 

@@ -1,0 +1,42 @@
+"""When a failed call is made again, and after which pause. Used by both clients.
+
+A worker that restarts refuses calls for seconds. A call that has produced nothing is then made again, with
+pauses that grow, until it succeeds or the stated time is over. A call that has streamed something is never
+made again: its answer would begin anew.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+from common.errors import DeadlineExceeded, ServingError, Unavailable
+
+RETRY_FOR = 10.0  # seconds; a worker whose store keeps the experts restarts within five
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 2.0
+
+
+class Attempts:
+    """One call's attempts, within `retry_for` seconds of now and the caller's own `timeout` (None: none)."""
+
+    def __init__(self, retry_for: float, timeout: float | None) -> None:
+        now = time.monotonic()
+        self._until, self._retry_for = now + retry_for, retry_for
+        self._deadline = None if timeout is None else now + timeout
+        self._pause = _FIRST_PAUSE
+
+    @property
+    def time_left(self) -> float | None:
+        """What the next attempt may take; for gRPC's `timeout`."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def pause_after(self, error: ServingError) -> float:
+        """Seconds to wait before the next attempt; raises the error if there is to be none."""
+        if not isinstance(error, Unavailable) or isinstance(error, DeadlineExceeded) or not self._retry_for:
+            raise error
+        pause = self._pause * random.uniform(0.5, 1.0)  # clients of one worker should not return in step
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        if time.monotonic() + pause > min(self._until, self._deadline or self._until):
+            raise Unavailable(f"{error} (tried for {self._retry_for:g} s)")
+        return pause
