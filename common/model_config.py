@@ -6,15 +6,16 @@ it cannot serve exactly it refuses here, with the field's name, before anything 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.json_input import parse_json
 
 MAMBA, MOE, ATTENTION, MLP = "M", "E", "*", "-"
+MOST_EXPERTS = 1 << 16  # in a layer, and as many layers: what the data plane's keys can say
 # transformers 5 names the block types in words; both generations of words are in published configs.
 _WORDS = {
     "mamba": MAMBA, "linear_attention": MAMBA, "moe": MOE,
@@ -83,7 +84,7 @@ class ModelConfig:
         """Read `directory/config.json`."""
         path = directory / "config.json"
         try:
-            raw = json.loads(path.read_text())
+            raw = parse_json(path.read_text())
         except FileNotFoundError:
             raise ConfigError(f"{directory} has no config.json, so it is not a model directory") from None
         except ValueError as error:  # not JSON, or not UTF-8
@@ -119,6 +120,11 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"config.json: {name} must be a positive integer, not {value!r}")
+        if self.n_routed_experts > MOST_EXPERTS or self.num_layers > MOST_EXPERTS:
+            raise ConfigError(
+                f"config.json: {self.num_layers} layers of {self.n_routed_experts} experts are more than "
+                f"{MOST_EXPERTS} of one kind, which can be named"
+            )
         _check_divides(self, "num_attention_heads", "num_key_value_heads")
         _check_divides(self, "mamba_num_heads", "n_groups")
         _check_divides(self, "n_routed_experts", "n_group")
@@ -158,13 +164,14 @@ def _pattern(raw: dict[str, Any]) -> str:
         words = raw.get("layers_block_type") or raw.get("layer_types")
         if not isinstance(words, list) or not words:
             raise ConfigError("config.json lacks both hybrid_override_pattern and layers_block_type")
-        letters = "".join(_WORDS.get(word, "?") for word in words)
-    unknown = set(letters) - {MAMBA, MOE, ATTENTION, MLP}
+        letters = "".join(_WORDS.get(str(word), "?") for word in words)
+    unknown = not isinstance(letters, str) or set(letters) - {MAMBA, MOE, ATTENTION, MLP}
     if unknown or not letters:
         raise ConfigError(f"config.json: unknown block types in the pattern {letters!r}")
     if MOE not in letters:
         raise ConfigError("config.json: the pattern has no MoE block, so there are no experts to store")
-    return str(letters)
+    assert isinstance(letters, str)
+    return letters
 
 
 def _eos(raw: dict[str, Any]) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from common.checkpoint.checksum import FileEntry, checksum
 from common.errors import CheckpointError
+from common.json_input import parse_json
 
 MANIFEST = "packed.json"
 FORMAT, VERSION = "expert-serving packed checkpoint", 2
@@ -50,7 +51,7 @@ class Manifest:
         """Read and validate `directory/packed.json`; raises CheckpointError."""
         path = directory / MANIFEST
         try:
-            raw = json.loads(path.read_text())
+            raw = parse_json(path.read_text())
             _check_version(path, raw)
             manifest = cls._from_raw(raw)
         except FileNotFoundError:
@@ -75,6 +76,11 @@ class Manifest:
             raise TypeError(f"expert_bits is {pairs!r}")
         if not all(type(bits) is int for bits in values["dense_bits"].values()):
             raise TypeError(f"dense_bits is {values['dense_bits']!r}")
+        if not isinstance(values["source"].get("name"), str):
+            raise TypeError(f"source is {values['source']!r}")
+        "".join(files).encode()  # a lone surrogate is no part of a file's name; UnicodeEncodeError is a ValueError
+        if not all(type(entry.bytes) is int and isinstance(entry.sha256, str) for entry in files.values()):
+            raise TypeError("files have no sizes or no checksums")
         return cls(**values)
 
     def check_sizes(self, directory: Path) -> None:

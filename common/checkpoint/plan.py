@@ -6,7 +6,6 @@ bits unless a user asks for others. Owns the meaning of a recipe; packs nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from common.checkpoint.source import WeightSource
 from common.errors import ConfigError
 from common.expert_key import ExpertKey
 from common.hlwq.planes import RAW_BITS, check_bits
+from common.json_input import parse_json
 from common.record import ExpertBits
 
 DEFAULT_BITS = 5
@@ -77,7 +77,7 @@ def kept_codes(source: WeightSource, plan: BitPlan) -> set[bool]:
 def read_recipe(path: Path) -> dict[str, int]:
     """A recipe file: one JSON object, patterns to bits. Raises ConfigError."""
     try:
-        recipe = json.loads(path.read_text(), object_pairs_hook=_unique)
+        recipe = parse_json(path.read_text(), object_pairs_hook=_unique)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a recipe: {error}") from None
     if not isinstance(recipe, dict) or not recipe:

@@ -7,13 +7,13 @@ strings do not always fit their tensors.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.checkpoint.names import canonical
 from common.errors import CheckpointError
+from common.json_input import parse_json
 
 POLAR_CONFIG = "polar_config.json"
 
@@ -39,7 +39,7 @@ class PolarConfig:
         if not path.is_file():
             return cls({}, {})
         try:
-            general = json.loads(path.read_text())
+            general = parse_json(path.read_text())
             layers = general.get("layers") or {}
             named = {matrix_name(name): dict(layer) for name, layer in layers.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -5,7 +5,6 @@ Names are as the files have them. What the tensors mean, and which of them a mod
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from common.checkpoint.tensor_file import TensorFile, TensorInfo
 from common.errors import CheckpointError
+from common.json_input import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -53,7 +53,7 @@ def find_tensors(directory: Path) -> list[Place]:
 def _read_index(directory: Path) -> list[Place]:
     path = directory / INDEX
     try:
-        index = json.loads(path.read_text())
+        index = parse_json(path.read_text())
         weight_map = {str(name): str(shard) for name, shard in index["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an index of shards: {error!r}") from None

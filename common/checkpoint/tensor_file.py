@@ -21,6 +21,7 @@ from torch import Tensor
 from common.checkpoint.file_state import FileState, changed
 from common.checkpoint.names import Shape
 from common.errors import CheckpointError, Unavailable
+from common.json_input import parse_json
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
@@ -54,7 +55,7 @@ class TensorFile:
             with path.open("rb") as raw:
                 self._state = FileState.of(raw.fileno())
                 described = raw.read(int.from_bytes(raw.read(8), "little"))
-            entries: dict[str, Any] = json.loads(described)
+            entries: dict[str, Any] = parse_json(described)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
         except (SafetensorError, OSError, ValueError) as error:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.kernels.slots import ABSENT
 from gpu_worker.slots.cache import LayerSlots, LayerState
+from gpu_worker.slots.counters import LayerCounters
 from gpu_worker.slots.policies import POLICIES, Policy, Usage
 
 EXPERTS, RANKS, STRIDE = 40, 6, 4096
@@ -88,12 +89,16 @@ def test_decisions_are_the_hosts(
     device: torch.device, policy: str, layers: int, slots: int, seed: int
 ) -> None:
     here, host = device_slots(layers, slots, policy, device), HostSlots(layers, slots, POLICIES[policy])
+    counted = here.counters()
     for layer, choices in trace(layers, slots, seed, steps=14):
+        before = counted
         assert here.resolve(layer, choices.to(device)).tolist() == host.resolve(layer, choices)
         assert here.snapshot() == host.snapshot()
         counted = here.counters()
         assert (counted.hits, counted.misses) == (host.hits, host.misses)
         assert counted.bytes_fetched == host.misses * STRIDE
+        changed = counted.since(before).layers
+        assert [n for n, counted_there in enumerate(changed) if counted_there != LayerCounters()] == [layer]
         here.check_integrity()
 
 

@@ -12,6 +12,9 @@ import torch
 from common.checkpoint import PackedCheckpoint
 from gpu_worker.config import WorkerConfig
 from gpu_worker.loading import load_model
+from gpu_worker.prefix_cache.cuts import CutLaw
+from gpu_worker.prefix_cache.reading import PromptReading
+from gpu_worker.prefix_cache.tree import PrefixCache
 from gpu_worker.slots.fetch import Fetcher
 from tests.helpers.device_engines import engine_of
 from tests.helpers.engines import NOWHERE, FixedLink, full_arena, greedy
@@ -68,6 +71,32 @@ def test_the_cpu_computes_the_same(
         counters = engine.experts.counters
     assert counters.hits > 0 and counters.misses > 0
     assert counters.bytes_fetched == counters.misses * checkpoint.layout.stride
+
+
+@pytest.mark.gpu
+def test_a_snapshot_and_a_fork_go_on_as_what_they_are_copies_of(
+    checkpoint: PackedCheckpoint, link: FixedLink, device: torch.device
+) -> None:
+    """By way of the host, and from place to place: every bit."""
+    if device.type != "cuda":
+        pytest.skip("the interpreter takes too long")
+    prompt = PROMPTS[0]
+    with engine_of(checkpoint, Fetcher(link), 7, device) as engine:  # type: ignore[arg-type]
+        engine.cut_law, engine.prefixes = CutLaw(8, 8), PrefixCache(1 << 30)
+        after_prompt = []
+        for cached in (0, 8):
+            place, other = engine.take_place(), engine.take_place()
+            reading = PromptReading(engine, place, prompt)
+            assert reading.cached == cached
+            while not reading.done:
+                hidden = reading.step()
+            after_prompt.append(engine.logits(hidden[-1:]))
+            engine.fork(place, other, len(prompt), engine.pools.read_recurrent(place))
+            one, copy = engine.decode([place, other], [9, 9])
+            assert torch.equal(one, copy)
+            engine.give_place(place)
+            engine.give_place(other)
+        assert torch.equal(*after_prompt)
 
 
 @pytest.mark.gpu

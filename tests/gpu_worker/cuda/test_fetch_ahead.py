@@ -50,9 +50,11 @@ class Cache:
     """As much of `DeviceSlots` as judging looks at."""
 
     holds_all = False
+    ring = SimpleNamespace(useful_bytes=4096, wasted_bytes=8192)  # of prompts
 
     def __init__(self) -> None:
         self.ahead = torch.ones(1, dtype=torch.int32)
+        self.pool = torch.empty(2, 4, 4096, dtype=torch.uint8)
         self.awaited = SimpleNamespace(counters=torch.zeros(2, 3, dtype=torch.int64))
 
     def serve(self, ahead: FetchAhead, steps: int, useful: int) -> None:
@@ -67,7 +69,7 @@ def test_wrong_guesses_pause_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_ahead, "_JUDGED_STEPS", 4)
     monkeypatch.setattr(fetch_ahead, "_RETRY_STEPS", 8)
     cache = Cache()
-    ahead = FetchAhead("auto", cache, able=True)  # type: ignore[arg-type]
+    ahead = FetchAhead("auto", cache, cache.ring, able=True)  # type: ignore[arg-type]
     cache.serve(ahead, 8, useful=1)
     assert int(cache.ahead) == 1 and ahead.describe().startswith("on"), "a third is enough"
     cache.serve(ahead, 4, useful=0)
@@ -80,9 +82,18 @@ def test_wrong_guesses_pause_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(cache.ahead) == 1
 
 
+def test_bytes_are_told_by_what_became_of_them() -> None:
+    """Two of three guesses of a layer were right, and half of the third was copied when it proved wrong."""
+    cache = Cache()
+    cache.awaited.counters[1] += torch.tensor([3, 2, 2 * 4096 + 2048])
+    counted = FetchAhead("on", cache, cache.ring, able=True).counters  # type: ignore[arg-type]
+    assert (counted.sent, counted.useful) == (3, 2)
+    assert (counted.useful_bytes, counted.wasted_bytes) == (2 * 4096 + 4096, 2048 + 8192)
+
+
 def test_what_was_asked_for_is_not_judged() -> None:
     cache = Cache()
-    cache.serve(FetchAhead("on", cache, able=True), 600, useful=0)  # type: ignore[arg-type]
+    cache.serve(FetchAhead("on", cache, cache.ring, able=True), 600, useful=0)  # type: ignore[arg-type]
     assert int(cache.ahead) == 1
 
 
@@ -93,5 +104,5 @@ def test_what_was_asked_for_is_not_judged() -> None:
 def test_why_it_is_off(mode: str, able: bool, holds_all: bool, why: str) -> None:
     cache = Cache()
     cache.holds_all = holds_all
-    described = FetchAhead(mode, cache, able).describe()  # type: ignore[arg-type]
+    described = FetchAhead(mode, cache, cache.ring, able).describe()  # type: ignore[arg-type]
     assert described.startswith("off") and why in described

@@ -52,7 +52,7 @@ class Watched:
 
     def __init__(self, fetcher: Fetcher, stride: int, device: torch.device) -> None:
         self.fetched: list[ExpertKey] = []
-        self.counters = CacheCounters()
+        self.counters = CacheCounters()  # of the ring alone, which knows no layers
         self.arena = fetcher.arena
         self.copies = RecordCopies(fetcher, fetcher.arena, fetcher.all_fit(), device)
         fetch = CountedFetch(self.copies.fetch, self.counters, lambda keys, staged: self.fetched.extend(keys))
@@ -85,16 +85,16 @@ def test_waves_go_round_the_ring(watched: Watched) -> None:
 
 
 def test_a_guess_is_used_as_far_as_it_was_right(watched: Watched) -> None:
-    watched.ring.fill(keys(1, 0, 1, 2, 3, 4, 5))
+    watched.ring.fill(keys(1, 0, 1, 2, 3, 4, 5), ahead=True)
     assert watched.fetched == keys(1, 0, 1, 2, 3), "as far as the ring reaches"
     assert watched.take(keys(1, 7, 6, 3, 0)) == [keys(1, 0), keys(1, 3), keys(1, 7, 6)]
-    assert watched.ring.wasted_bytes == 2 * watched.arena.shape.stride
+    assert watched.ring.wasted_bytes == watched.ring.useful_bytes == 2 * watched.arena.shape.stride
     assert watched.fetched == keys(1, 0, 1, 2, 3, 7, 6), "nothing twice"
 
 
 def test_a_guess_that_nobody_took_is_dropped(watched: Watched) -> None:
     """A prompt ends after a layer, by an error or a client that went away; the next begins at the first."""
-    watched.ring.fill(keys(1, 0, 1, 2))
+    watched.ring.fill(keys(1, 0, 1, 2), ahead=True)
     assert watched.take(keys(0, 1, 5)) == [keys(0, 1, 5)]
     assert watched.ring.wasted_bytes == 3 * watched.arena.shape.stride
     assert watched.take([]) == []
