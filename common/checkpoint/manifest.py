@@ -78,7 +78,9 @@ class Manifest:
             raise TypeError(f"dense_bits is {values['dense_bits']!r}")
         if not isinstance(values["source"].get("name"), str):
             raise TypeError(f"source is {values['source']!r}")
-        "".join(files).encode()  # a lone surrogate is no part of a file's name; UnicodeEncodeError is a ValueError
+        "".join(
+            files
+        ).encode()  # a lone surrogate is no part of a file's name; UnicodeEncodeError is a ValueError
         if not all(type(entry.bytes) is int and isinstance(entry.sha256, str) for entry in files.values()):
             raise TypeError("files have no sizes or no checksums")
         return cls(**values)

@@ -52,7 +52,8 @@ class RequestError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.detail = ErrorDetail(message=message, type=kind, param=param, code=code)
+        where = None if param is None else _text(param)
+        self.detail = ErrorDetail(message=_text(message), type=kind, param=where, code=code)
 
     def body(self) -> bytes:
         return json.dumps({"error": self.detail.model_dump()}).encode()  # in ASCII, whatever was quoted
@@ -64,6 +65,11 @@ class RequestError(Exception):
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(self.body(), self.status, headers, media_type="application/json")
+
+
+def _text(quoted: str) -> str:
+    """What a reply can hold: a client's own words may have lone surrogates, which are no text."""
+    return quoted.encode(errors="replace").decode()
 
 
 def model_not_found(name: str) -> RequestError:

@@ -66,3 +66,11 @@ def test_a_manifest_without_a_name(packed: Path, source: Any) -> None:
     (packed / "packed.json").write_text(json.dumps(manifest | {"source": source}))
     with pytest.raises(CheckpointError, match="source is"):
         describe(packed)
+
+
+def test_a_manifest_with_a_name_that_no_file_has(packed: Path) -> None:
+    manifest = json.loads((packed / "packed.json").read_text())
+    manifest["files"]["\ud800"] = manifest["files"]["config.json"]
+    (packed / "packed.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        describe(packed)

@@ -18,7 +18,7 @@ from tests.soak.asked import Asked, Book, answer_of, score
 from tests.soak.ledger import CANCELLED, DEADLINE, FINISHED, GONE, INVALID, REFUSED, Entry, Ledger, Stopwatch
 from tests.soak.relay import relay
 
-LONGEST = 120.0  # seconds that any request may take, with everybody else's before it
+LONGEST = 120.0  # seconds that any request may take, with those of everybody else before it
 _PATIENCE = 0.6  # seconds within which clients lose it
 
 
