@@ -27,7 +27,7 @@ def generate(pair: Pair, *options: str) -> dict:
 def test_generate_json_has_the_documented_fields(pair: Pair) -> None:
     result = generate(pair, PROMPT, "--max-new-tokens", "12", "--ignore-eos")
     assert result.keys() == {"text", "token_ids", "finish_reason", "usage", "timings", "cache", "parts"}
-    assert result["usage"].keys() == {"prompt_tokens", "completion_tokens"}
+    assert result["usage"].keys() == {"prompt_tokens", "completion_tokens", "cached_prompt_tokens"}
     assert result["timings"].keys() == {"queue_ms", "prefill_ms", "decode_ms", "tokens_per_second"}
     counted = {"hits", "misses", "hit_rate", "bytes_fetched", "staged"}
     assert result["cache"].keys() == counted | {"fetch_seconds", "compute_seconds"}

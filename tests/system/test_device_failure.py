@@ -34,6 +34,7 @@ def test_a_failed_device_ends_the_worker_and_nothing_else(pair: Pair, tmp_path: 
         pair.generate([1, 2, 3], 5)
     assert broken.popen.wait(READY) == 70
     lines = [line for line in broken.log.read_text().splitlines() if "illegal memory access" in line]
-    assert len(lines) == 1 and " C " in lines[0]
+    of_the_device, of_the_request = lines
+    assert " C " in of_the_device and "3 + 1 tokens" in of_the_request
     assert "Traceback" not in broken.log.read_text()
     assert pair.store_stats().ready_frames and not pair.store_stats().leases

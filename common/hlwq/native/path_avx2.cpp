@@ -14,6 +14,7 @@ namespace hlwq {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kPanelRows = 3, kPanelOuts = 4;  // twelve sums, three activations and a weight: all registers
 typedef float Vec __attribute__((vector_size(32)));
 
 [[gnu::always_inline]] inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -65,9 +66,18 @@ struct Index {
 template <int BITS>
 [[gnu::always_inline]] inline Index index_of(const uint8_t* low, const uint8_t* high, int group) {
     if constexpr (BITS != 5) return {codes<BITS>(low, high, group), _mm256_setzero_si256()};
-    const __m128i bytes = _mm_loadu_si128((const __m128i*)high);
-    const __m256i halves = _mm256_set_m128i(_mm_srli_epi16(bytes, 1), bytes);  // the same for all groups of a block
-    return {fields<4>(low, group), _mm256_sll_epi16(halves, _mm_cvtsi32_si128(7 - group / 16))};
+    // Bytes of a plane of width 1 hold the fields of every 16th code: the same bytes serve both halves of a register.
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)high));
+    const int a = 7 - group / 16, b = a - 1;
+    return {fields<4>(low, group), _mm256_sllv_epi32(bytes, _mm256_set_epi32(b, b, b, b, a, a, a, a))};
+}
+
+// Bytes of `high` where the top bit of `mask` is set. For the intrinsic GCC compares the mask with zero first, which
+// costs an instruction and a register.
+[[gnu::always_inline]] inline __m256i blend(__m256i low, __m256i high, __m256i mask) {
+    __m256i chosen;
+    asm("vpblendvb %3, %2, %1, %0" : "=x"(chosen) : "x"(low), "x"(high), "x"(mask));
+    return chosen;
 }
 
 // Up to 32 bytes, looked up by an index of BITS bits.
@@ -85,7 +95,7 @@ struct ByteTable {
     [[gnu::always_inline]] __m256i operator()(Index index) const {
         const __m256i lower = _mm256_shuffle_epi8(first, index.codes);
         if constexpr (BITS < 5) return lower;
-        return _mm256_blendv_epi8(lower, _mm256_shuffle_epi8(second, index.codes), index.bit4);
+        return blend(lower, _mm256_shuffle_epi8(second, index.codes), index.bit4);
     }
 };
 

@@ -14,6 +14,7 @@ namespace hlwq {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kPanelRows = 6, kPanelOuts = 4;  // 24 sums, six activations and a weight, of 32 registers
 typedef float Vec __attribute__((vector_size(64)));
 
 [[gnu::always_inline]] inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }

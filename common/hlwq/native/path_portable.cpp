@@ -7,6 +7,7 @@ namespace hlwq {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kPanelRows = 3, kPanelOuts = 4;
 typedef float Vec __attribute__((vector_size(64)));
 
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }

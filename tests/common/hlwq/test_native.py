@@ -89,6 +89,17 @@ def test_product(path: str, shape: tuple[int, int, int, bool], rows: int) -> Non
     assert torch.equal(alone, got), "a row's result must not depend on its neighbours"
 
 
+@pytest.mark.parametrize("bits", [5, 8, 16])
+@pytest.mark.parametrize("rows", [127, 131, 257])
+def test_product_of_many_rows(path: str, bits: int, rows: int) -> None:
+    """More rows than are computed at once, in panels that do not come out even."""
+    matrix = random_matrix(37, 300, bits, True)
+    x = torch.randn(rows, 300, generator=torch.Generator().manual_seed(rows))
+    got = matrix.product(x)
+    assert relative_error(got, x.double() @ decoded(matrix).T) <= EXACT
+    assert torch.equal(got, torch.cat([matrix.product(row[None]) for row in x]))
+
+
 @several
 @given(shape=shapes)
 def test_decode(path: str, shape: tuple[int, int, int, bool]) -> None:
