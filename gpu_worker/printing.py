@@ -20,8 +20,9 @@ def finish_table(finish: pb.Finish) -> Table:
     """The counters of one request."""
     usage, timings, cache = finish.usage, finish.timings, finish.cache
     table = Table(show_header=False, title="this request", title_justify="left")
+    known = f", {usage.cached_prompt_tokens} of them known" if usage.cached_prompt_tokens else ""
     table.add_row(
-        "finished", f"{finish.reason}, {usage.completion_tokens} tokens after {usage.prompt_tokens}"
+        "finished", f"{finish.reason}, {usage.completion_tokens} tokens after {usage.prompt_tokens}{known}"
     )
     table.add_row("waited", f"{timings.queue_ms:.0f} ms, then {timings.prefill_ms:.0f} ms of prefill")
     table.add_row("decode", f"{timings.decode_ms:.0f} ms, {timings.tokens_per_second:.1f} tokens/s")
@@ -41,7 +42,7 @@ def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
         ("cache", f"{cache.hits} hits, {cache.misses} misses: {cache.hit_rate:.1%} hit rate"),
         ("fetched", f"{format_bytes(cache.bytes_fetched)}; {cache.staged} experts came from disk"),
         ("device memory", _vram(stats)),
-        ("prefetch", f"{stats.prefetch}; {stats.hints_sent} hints, {stats.hints_useful} useful"),
+        ("prefetch", f"{stats.prefetch}; {stats.hints_sent} guesses, {stats.hints_useful} useful"),
         ("fetched early", _fetched_early(stats)),
         ("state", stats.state if stats.ready or stats.state != "serving" else "serving, but not ready"),
         ("requests", f"{stats.requests}, of which {stats.requests_failed} failed and "
@@ -49,6 +50,7 @@ def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
         ("now", f"{stats.running} running, {stats.waiting} waiting"),
         ("slow clients", f"{stats.requests_unread} did not read what came" if stats.requests_unread else ""),
         ("tokens", f"{stats.prompt_tokens} read, {stats.completion_tokens} written"),
+        ("prefix cache", _prefixes(stats)),
         ("time", _shares(stats.parts, cache)),
         ("store", stats.store),
         ("up", f"{stats.uptime_seconds:.0f} s"),
@@ -98,6 +100,16 @@ def _fetched_early(stats: pb.WorkerStats) -> str:
     if not useful + wasted:
         return ""
     return f"{format_bytes(useful)} that were needed, {format_bytes(wasted)} in vain"
+
+
+def _prefixes(stats: pb.WorkerStats) -> str:
+    if not stats.prefix_budget:
+        return "off"
+    taken = f"{format_bytes(stats.prefix_bytes)} of {format_bytes(stats.prefix_budget)}"
+    return (
+        f"{stats.prefix_hits} of {stats.prefix_lookups} prompts, {stats.prefix_saved_tokens} tokens not read "
+        f"again; {stats.prefix_snapshots} snapshots, {taken}"
+    )
 
 
 def _slots(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.account import Account, Entry
-from gpu_worker.printing import account_table, as_text, stats_table
+from gpu_worker.printing import account_table, as_text, finish_table, stats_table
 
 VRAM = {"vram_budget": 7_600_000_000, "vram_peak": 7_410_000_000, "vram_used": 7_100_000_000}
 
@@ -35,6 +35,19 @@ def test_stats_tell_what_a_worker_is_at() -> None:
     ready = shown(state="serving", ready=True)
     assert "serving" in ready and "not ready" not in ready and "slow clients" not in ready
     assert "draining" in shown(state="draining")
+
+
+def test_what_the_prefix_cache_saved_is_told() -> None:
+    stats = pb.WorkerStats(
+        prefix_lookups=5, prefix_hits=3, prefix_saved_tokens=1200,
+        prefix_snapshots=4, prefix_bytes=200_000_000, prefix_budget=800_000_000,
+    )  # fmt: skip
+    text = " ".join(as_text(stats_table(stats, pb.ModelInfoReply())).split())
+    assert "3 of 5 prompts, 1200 tokens not read again; 4 snapshots, 200 MB of 800 MB" in text
+    assert "prefix cache │ off" in as_text(stats_table(pb.WorkerStats(), pb.ModelInfoReply()))
+    usage = pb.Usage(prompt_tokens=100, cached_prompt_tokens=64, completion_tokens=7)
+    finished = as_text(finish_table(pb.Finish(reason="eos", usage=usage)))
+    assert "eos, 7 tokens after 100, 64 of them known" in finished
 
 
 def test_an_account_is_told_line_by_line_and_aligned() -> None:
