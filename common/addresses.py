@@ -57,7 +57,7 @@ class Address:
                 raise ConfigError(f"socket path is longer than {_UNIX_PATH_LIMIT} bytes: {path}")
             return cls(f"unix:{path}")
         host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ConfigError(f"{text!r} is not an address; write unix:PATH or HOST:PORT")
         return cls(text)
 
@@ -105,9 +105,10 @@ class AddressClaim:
     """
 
     def __init__(self, address: Address) -> None:
-        """Raises ConfigError when a living process holds the address."""
+        """Raises ConfigError if a living process holds the address, or other files are where it would be."""
         self.address = address
         self._lock_path = address.beside(".lock")
+        self._check_paths()
         while (lock := self._try_lock()) is None:
             pass
         self._lock = lock
@@ -130,6 +131,8 @@ class AddressClaim:
             lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
             raise ConfigError(f"cannot listen on {self.address}: its directory does not exist") from None
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {self.address}: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(lock).st_nlink:
@@ -142,7 +145,25 @@ class AddressClaim:
         os.close(lock)
         return None
 
+    def _check_paths(self) -> None:
+        """What is there must be what a predecessor left: sockets, and a lock, which is empty."""
+        for path, ours in [
+            *((path, stat.S_ISSOCK) for path in self._sockets),
+            (self._lock_path, stat.S_ISREG),
+        ]:
+            try:
+                status = path.lstat()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise ConfigError(f"cannot listen on {self.address}: {error.strerror}") from None
+            if not ours(status.st_mode) or (path == self._lock_path and status.st_size):
+                raise ConfigError(f"cannot listen on {self.address}: {path} is there, and is something else")
+
+    @property
+    def _sockets(self) -> list[Path]:
+        return [path for path in (self.address.socket_path, self.data_path) if path is not None]
+
     def _remove_sockets(self) -> None:
-        for path in (self.address.socket_path, self.data_path):
-            if path is not None:
-                path.unlink(missing_ok=True)
+        for path in self._sockets:
+            path.unlink(missing_ok=True)

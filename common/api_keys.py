@@ -111,6 +111,8 @@ def read_keys(path: Path) -> dict[str, KeyRules]:
     status = _status(path)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(f"{path} may be written by others than its owner; chmod 600 it")
+    if status.st_uid not in (0, os.getuid()):
+        raise ConfigError(f"{path} belongs to another user, who could make keys; chown it")
     values = load_toml(path)
     for name in values:
         check_key(name, ["keys"], str(path))

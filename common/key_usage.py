@@ -6,6 +6,7 @@ The server's interceptor (`common.key_guard`) begins and ends requests; whoever 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from contextvars import ContextVar
@@ -27,55 +28,57 @@ class KeyUsage:
         self.running = 0
         self._begun: deque[float] = deque()
 
-    def begin(self) -> None:
-        """A request arrives, to which `end` belongs; Exhausted, saying when to try again, if it may not."""
-        self._check_concurrency()
-        self._check_rate()
-        self.running += 1
+    def begin(self, count: int = 1) -> None:
+        """Requests arrive, to which `end` belongs; Exhausted, saying when to try again, if they may not."""
+        self._check_concurrency(count)
+        self._check_rate(count)
+        self.running += count
         _current.set(self)
 
-    def end(self) -> None:
-        self.running -= 1
+    def end(self, count: int = 1) -> None:
+        self.running -= count
         assert self.running >= 0
 
-    def check_allowance(self, prompt: int, output: int, priority: int) -> None:
-        """Raises PermissionDenied for more tokens, or before more others, than this key may ask for."""
+    def check_allowance(self, prompt: int, output: int, priority: int | None) -> None:
+        """Raises PermissionDenied for more tokens, or before more others, than this key may ask for.
+
+        `priority`: None where none can be asked for.
+        """
         rules, who = self.rules, f"key {self.name!r} may"
         if rules.max_prompt_tokens is not None and prompt > rules.max_prompt_tokens:
-            raise PermissionDenied(f"{who} send prompts of {rules.max_prompt_tokens} tokens, not of {prompt}")
+            raise PermissionDenied(f"{who} have {rules.max_prompt_tokens} tokens read, not {prompt}")
         if rules.max_output_tokens is not None and output > rules.max_output_tokens:
             raise PermissionDenied(
                 f"{who} ask for {rules.max_output_tokens} tokens a request, not for {output}: "
                 "lower max_new_tokens, or the number of samples"
             )
-        if rules.max_priority is not None and priority > rules.max_priority:
+        if rules.max_priority is not None and priority is not None and priority > rules.max_priority:
             raise PermissionDenied(f"{who} ask for a priority of {rules.max_priority}, not of {priority}")
 
-    def _check_concurrency(self) -> None:
+    def _check_concurrency(self, count: int) -> None:
         most = self.rules.max_concurrent_requests
-        if most is not None and self.running >= most:
+        if most is not None and self.running + count > most:
             raise Exhausted(f"key {self.name!r} may have {most} requests at a time; wait for one to end")
 
-    def _check_rate(self) -> None:
-        """Counts a request that may begin."""
+    def _check_rate(self, count: int) -> None:
+        """Counts requests that may begin."""
         most = self.rules.requests_per_minute
         if most is None:
             return
         now = time.monotonic()
         while self._begun and now - self._begun[0] >= _MINUTE:
             self._begun.popleft()
-        if len(self._begun) >= most:
-            wait = _MINUTE - (now - self._begun[-most])
-            raise Exhausted(
-                f"key {self.name!r} may begin {most} requests a minute; try again in {wait:.0f} s"
-            )
-        self._begun.append(now)
+        if (over := len(self._begun) + count - most) > 0:
+            wait = math.ceil(_MINUTE - (now - self._begun[over - 1] if over <= len(self._begun) else 0))
+            text = f"key {self.name!r} may begin {most} requests a minute; try again in {wait} s"
+            raise Exhausted(text, retry_after=wait)
+        self._begun += [now] * count
 
 
 _current: ContextVar[KeyUsage | None] = ContextVar("key_usage", default=None)
 
 
-def check_allowance(prompt: int, output: int = 0, priority: int = 0) -> None:
+def check_allowance(prompt: int, output: int = 0, priority: int | None = 0) -> None:
     """The same for the key of the request being answered, if keys are asked for."""
     usage = _current.get()
     if usage is not None:

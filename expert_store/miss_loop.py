@@ -18,6 +18,7 @@ import zmq
 
 from common.errors import Exhausted, NotFound
 from common.messages import (
+    MAX_BYTES,
     Done,
     Failed,
     Fault,
@@ -61,9 +62,11 @@ class MissLoop:
         self.endpoint = f"ipc://{path}"
         self._frames, self._leases, self._stager = frames, leases, stager
         self._waiting: dict[int, set[tuple[bytes, int]]] = {}  # of each lease: the STAGEs without a reply yet
+        self._looking = False  # whether `_look` is to be called
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
         self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())  # the kernel says who connects
         self._socket.bind(self.endpoint)
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
@@ -82,10 +85,25 @@ class MissLoop:
             if socket.closed or not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return
             peer, data = socket.recv(), socket.recv()
-            while socket.getsockopt(zmq.RCVMORE):  # not a peer of ours: one message is one frame
-                data += socket.recv()
-            self._receive(peer, data)
-        asyncio.get_running_loop().call_soon(self._drain)
+            whole = not socket.getsockopt(zmq.RCVMORE)
+            while socket.getsockopt(zmq.RCVMORE):
+                socket.recv()
+            if whole:
+                self._receive(peer, data)
+            else:  # not a peer of ours
+                text = "a message is one frame"
+                self._reply(peer, Failed(peek_request_id(data), Fault.MALFORMED, text))
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """In the loop's next turn, and once, however many ask: a flood would make one turn of many looks."""
+        if not self._looking:
+            self._looking = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        self._drain()
 
     def _receive(self, peer: bytes, data: bytes) -> None:
         try:
@@ -189,10 +207,10 @@ class MissLoop:
             self._stager.hint(request.lease_id, key)
 
     def _reply_unasked(self, peer: bytes, reply: Reply) -> None:
-        """Reply outside of `_drain`. A send may take in what has arrived and with it the descriptor's edge,
-        so what has arrived must then be looked for, or it would wait for the next message."""
+        """Reply to what may have come long ago. A send may take in what has arrived and with it the
+        descriptor's edge, so that must then be looked for, or it would wait for the next message."""
         self._reply(peer, reply)
-        asyncio.get_running_loop().call_soon(self._drain)
+        self._look_again()
 
     def _reply(self, peer: bytes, reply: Reply) -> None:
         self.counters.refused += isinstance(reply, Failed)

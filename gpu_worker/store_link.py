@@ -86,7 +86,8 @@ class StoreLink:
                 continue
             try:
                 pause = attachment.lease_ttl / _HEARTBEATS_PER_TTL
-                await self._detach(await asyncio.wait_for(self._given_up.get(), pause))
+                given_up = await asyncio.wait_for(self._given_up.get(), pause)
+                await self._give_back(given_up.lease_id)
             except asyncio.TimeoutError:
                 await self._heartbeat(attachment)
 
@@ -96,7 +97,7 @@ class StoreLink:
         if self._channel is None:
             return
         if attachment is not None:
-            await self._detach(attachment)
+            await self._give_back(attachment.lease_id)
         await self._channel.close(grace=None)
 
     def interrupt(self) -> None:
@@ -141,11 +142,22 @@ class StoreLink:
             reply = await self._stub().Attach(request, timeout=_CALL_TIMEOUT)
         except grpc.RpcError as error:
             raise translate(error, self.address) from None
+        try:
+            attachment = self._attachment_of(reply)
+        except ServingError:
+            await self._give_back(reply.lease_id)  # it would count until it expires
+            raise
+        with self._changed:
+            self.attachment = self.last_attachment = attachment
+            self._changed.notify_all()
+        return attachment
+
+    def _attachment_of(self, reply: pb.AttachReply) -> Attachment:
         former = self.last_attachment
         mapped = former.arena if former is not None else None
         if former is not None and former.fingerprint != reply.fingerprint:
             raise Incompatible(f"the store on {self.address} now serves other weights; restart the worker")
-        attachment = Attachment(
+        return Attachment(
             lease_id=reply.lease_id,
             lease_ttl=reply.lease_ttl_ms / 1000,
             arena=_map(Path(reply.arena_path), reply.layout_digest, mapped),
@@ -154,15 +166,11 @@ class StoreLink:
             fingerprint=reply.fingerprint,
             all_fit=reply.all_fit,
         )
-        with self._changed:
-            self.attachment = self.last_attachment = attachment
-            self._changed.notify_all()
-        return attachment
 
-    async def _detach(self, attachment: Attachment) -> None:
-        """Give the lease back, if there is anyone to give it to."""
+    async def _give_back(self, lease_id: int) -> None:
+        """If there is anyone to give it to."""
         try:
-            request = pb.DetachRequest(lease_id=attachment.lease_id)
+            request = pb.DetachRequest(lease_id=lease_id)
             await self._stub().Detach(request, timeout=_CALL_TIMEOUT)
         except grpc.RpcError as error:
             log.debug("detach failed: %s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,16 @@ def test_a_file_that_others_may_write_is_refused(path: Path) -> None:
         KeyRing(path)
 
 
+def test_a_file_of_another_user_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_key(path, "alice")
+    owner = os.getuid()
+    if owner == 0:  # root's files are anybody's to trust
+        os.chown(path, 4711, -1)
+    monkeypatch.setattr("os.getuid", lambda: owner + 4712)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        KeyRing(path)
+
+
 def test_names(path: Path) -> None:
     add_key(path, "alice")
     with pytest.raises(ConfigError, match="has a key 'alice' already"):
@@ -130,8 +141,9 @@ def test_the_rate_is_that_of_any_minute(clock: list[float]) -> None:
         usage.begin()
     clock[0] = 1060.0
     usage.begin()
-    with pytest.raises(Exhausted, match="try again in 50 s"):
+    with pytest.raises(Exhausted, match="try again in 50 s") as caught:
         usage.begin()
+    assert caught.value.retry_after == 50
     usage.rules = KeyRules(hash=HASH, requests_per_minute=1)
     with pytest.raises(Exhausted, match="try again in 60 s"):
         usage.begin()
@@ -148,11 +160,25 @@ def test_concurrency_ends_with_the_request() -> None:
     usage.begin()
 
 
+def test_several_at_once_are_counted_one_by_one() -> None:
+    usage = KeyUsage("alice", KeyRules(hash=HASH, max_concurrent_requests=3, requests_per_minute=4))
+    usage.begin()
+    with pytest.raises(Exhausted, match="3 requests at a time"):
+        usage.begin(3)
+    usage.begin(2)
+    usage.end(2)
+    with pytest.raises(Exhausted, match="4 requests a minute"):
+        usage.begin(2)
+    usage.begin(1)
+    usage.end(2)
+    assert usage.running == 0
+
+
 def test_the_allowance_of_a_request() -> None:
     rules = KeyRules(hash=HASH, max_prompt_tokens=10, max_output_tokens=20, max_priority=-1)
     usage = KeyUsage("alice", rules)
     usage.check_allowance(10, 20, -1)
-    with pytest.raises(PermissionDenied, match="prompts of 10 tokens, not of 11"):
+    with pytest.raises(PermissionDenied, match="have 10 tokens read, not 11"):
         usage.check_allowance(11, 1, -1)
     with pytest.raises(PermissionDenied, match="20 tokens a request, not for 21: lower max_new_tokens"):
         usage.check_allowance(1, 21, -1)

@@ -20,7 +20,7 @@ from common.options import resolve
 from common.process import configure_process, run_service
 from common.process_config import ProcessConfig
 
-file, terminal = Path(sys.argv[1]), sys.argv[2]
+file, terminal, stays = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["stays"]
 
 class Service:
     def __init__(self):
@@ -32,7 +32,9 @@ class Service:
         return 0
 
     def stop(self):
-        self.ended.set()
+        print("stopping", flush=True)
+        if not stays:
+            self.ended.set()
 
     def reload(self):
         print("reload at", logging.getLevelName(logging.getLogger().level), flush=True)
@@ -47,8 +49,9 @@ sys.exit(run_service(Service, partial(resolve, ProcessConfig, {}, file)))
 class Running:
     """The program in a session of its own, up."""
 
-    def __init__(self, file: Path, terminal: str = "", *before: str) -> None:
-        command = [*before, sys.executable, "-c", PROGRAM, str(file), terminal]
+    def __init__(self, file: Path, terminal: str = "", *before: str, stays: bool = False) -> None:
+        """`stays`: it takes its time to stop."""
+        command = [*before, sys.executable, "-c", PROGRAM, str(file), terminal, *["stays"] * stays]
         self.popen = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -91,14 +94,31 @@ def test_sighup_reads_the_configuration_again(file: Path) -> None:
     file.write_text('log-level = "debug"\n')
     running.hang_up()
     running.expect("reload at INFO")
-    running.expect("reloaded")  # the level changes once everything has been taken up
+    running.expect("reloaded")
     file.write_text('log-levle = "error"\n')
     running.hang_up()
-    running.expect("reloading failed, all stays as it was: ")
+    running.expect("reload at DEBUG")  # whatever is wrong with the rest
+    running.expect("the log level stays as it was: ")
     file.write_text('log-level = "error"\n')
     running.hang_up()
     running.expect("reload at DEBUG")
     assert running.end() == 0
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_to_stop_of_either_kind_ends_at_once(
+    file: Path, first: signal.Signals, second: signal.Signals
+) -> None:
+    running = Running(file, stays=True)
+    running.popen.send_signal(first)
+    running.expect("stopping")
+    running.popen.send_signal(second)
+    try:
+        assert running.popen.wait(20) != 0
+    finally:
+        running.popen.kill()
+        running.end()
 
 
 @pytest.mark.parametrize("before", [(), ("nohup",)])

@@ -1,5 +1,6 @@
 """Sizes and addresses as people type them, and the right to listen on an address."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,27 @@ def test_an_address_is_claimed_once_and_leaves_nothing(tmp_path: Path) -> None:
     claim = AddressClaim(address)
     with pytest.raises(ConfigError, match="already listens"):
         AddressClaim(address)
-    (tmp_path / "store.sock").touch()
-    claim.data_path.touch()
+    for path in (tmp_path / "store.sock", claim.data_path):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(path))
     claim.release()
     assert list(tmp_path.iterdir()) == []
     AddressClaim(address).release()
+
+
+@pytest.mark.parametrize("name", ["poetry", "poetry.data", "poetry.lock"])
+def test_a_file_that_is_no_socket_stays(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("kept")
+    with pytest.raises(ConfigError, match="is there, and is something else"):
+        AddressClaim(Address.parse(f"unix:{tmp_path}/poetry"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("place", [".", "file/socket"])
+def test_where_no_socket_can_be(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        AddressClaim(Address.parse(f"unix:{tmp_path / place}"))
 
 
 def test_the_runtime_directory_must_be_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
