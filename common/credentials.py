@@ -27,17 +27,13 @@ class Credentials:
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Raises ConfigError naming what is missing or wrong."""
+        """Raises ConfigError naming what is missing or wrong; the files are not looked at."""
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ConfigError("the API key has characters that no key has")  # nor any field of HTTP/2
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("a client's certificate and its key go together")
         if self.tls_cert is not None and self.tls_ca is None:
             raise ConfigError(f"a client's certificate needs TLS: name the server's CA, or {SYSTEM!r}")
-        if self.tls_cert is not None and self.tls_key is not None:
-            check_pair(self.tls_cert, self.tls_key)
-        if self.tls_ca is not None and self.tls_ca != SYSTEM:
-            check_authorities(Path(self.tls_ca))
 
     @classmethod
     def of_environment(cls) -> Credentials:
@@ -49,9 +45,13 @@ class Credentials:
         return cls(ca, Path(cert) if cert else None, Path(key) if key else None, api_key)
 
     def tls(self) -> grpc.ChannelCredentials | None:
-        """For a channel over TCP."""
+        """For a channel over TCP. Raises ConfigError naming the file that is wrong."""
         if self.tls_ca is None:
             return None
+        if self.tls_cert is not None and self.tls_key is not None:
+            check_pair(self.tls_cert, self.tls_key)
+        if self.tls_ca != SYSTEM:
+            check_authorities(Path(self.tls_ca))
         return grpc.ssl_channel_credentials(
             None if self.tls_ca == SYSTEM else Path(self.tls_ca).read_bytes(),
             self.tls_key.read_bytes() if self.tls_key is not None else None,

@@ -63,6 +63,11 @@ class Exhausted(ServingError):
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
+    def __init__(self, text: str, retry_after: int | None = None) -> None:
+        """`retry_after`: seconds, where it is known when there is more. It stays in this process."""
+        super().__init__(text)
+        self.retry_after = retry_after
+
 
 class Unauthenticated(ServingError):
     """The caller did not show who it is, with an API key that is known."""

@@ -33,6 +33,11 @@ def fields(**values: Any) -> dict[str, dict[str, Any]]:
     return {_FIELDS: values}
 
 
+def printable(text: str) -> str:
+    """What others have written, for a line of text: neither more lines of it nor sequences for terminals."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class _TextLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)

@@ -76,7 +76,10 @@ def info(name: str, text: str, values: dict[str, str]) -> Metric:
 
 def exposition(registry: CollectorRegistry, accept: str | None = None) -> tuple[bytes, str]:
     """The page as bytes, and its content type; `accept` is the HTTP header of who asks."""
-    encode, content_type = choose_encoder(accept or "")
+    try:
+        encode, content_type = choose_encoder(accept or "")
+    except (TypeError, ValueError):  # what it makes of a version that is none
+        encode, content_type = choose_encoder("")
     return encode(registry), content_type
 
 

@@ -56,7 +56,7 @@ def start(service: str) -> None:
     if not exporters:
         return
     try:
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
@@ -64,7 +64,7 @@ def start(service: str) -> None:
             "nothing is traced: OTEL_* asks for it, but `pip install expert-serving[tracing]` was not"
         )
         return
-    named = os.environ.get("OTEL_SERVICE_NAME") or service
+    named = str(OTELResourceDetector().detect().attributes.get("service.name") or service)
     provider = TracerProvider(resource=Resource.create({"service.name": named}), shutdown_on_exit=False)
     for name in exporters:
         found = entry_points(group="opentelemetry_traces_exporter", name=name)
@@ -153,7 +153,7 @@ def _exporters_named() -> list[str]:
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return []
     default = "otlp" if any(os.environ.get(name) for name in _ENDPOINTS) else "none"
-    names = [name.strip() for name in os.environ.get("OTEL_TRACES_EXPORTER", default).split(",")]
+    names = [name.strip() for name in (os.environ.get("OTEL_TRACES_EXPORTER") or default).split(",")]
     protocol = next(filter(None, map(os.environ.get, _PROTOCOLS)), "http/protobuf")
     otlp = "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
     return [otlp if name == "otlp" else name for name in names if name not in ("", "none")]

@@ -22,7 +22,7 @@ from common.errors import (
     PermissionDenied,
     Unavailable,
 )
-from common.logs import fields
+from common.logs import fields, printable
 from common.origin import Origin
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.jobs import Generation, Scoring
@@ -170,7 +170,13 @@ def _attributes(told: Told) -> Told:
 
 def _line(told: Told) -> str:
     """For people."""
-    how = f" ({told['reason']})" if "reason" in told else f": {told['error']}" if "error" in told else ""
+    how = (
+        f" ({told['reason']})"
+        if "reason" in told
+        else f": {printable(str(told['error']))}"
+        if "error" in told
+        else ""
+    )
     parts = [
         f"{told['kind']} {told['outcome']}{how}",
         f"{told['prompt_tokens']} + {told['completion_tokens']} tokens in {told['duration_seconds']:.3f} s",

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from common.errors import ServingError
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.gateway import replies
 
 _REASONS: Mapping[str, replies.FinishReason] = {"stop": "stop", "eos": "stop", "length": "length"}
+Choice = TypeVar("Choice", replies.CompletionChoice, replies.ChatChunkChoice)
 
 
 class Answers(Protocol):
@@ -67,6 +68,14 @@ def head(prefix: str, model: str) -> dict[str, Any]:
 def null_usage(usage_follows: bool) -> dict[str, Any]:
     """Fields of the pieces of a stream that tells usage in its last."""
     return {"usage": None} if usage_follows else {}
+
+
+def by_index(choices: Iterable[Choice], count: int) -> list[list[Choice]]:
+    """The parts of each of `count` answers."""
+    parts: list[list[Choice]] = [[] for _ in range(count)]
+    for choice in choices:
+        parts[choice.index].append(choice)
+    return parts
 
 
 def finish_reason(event: pb.GenerateEvent) -> replies.FinishReason | None:

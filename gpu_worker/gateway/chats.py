@@ -7,7 +7,7 @@ from typing import Any
 
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.gateway import replies
-from gpu_worker.gateway.answers import finish_reason, head, null_usage
+from gpu_worker.gateway.answers import by_index, finish_reason, head, null_usage
 from gpu_worker.gateway.logprobs import chat_logprobs
 from gpu_worker.gateway.prompts import offered_tools
 from gpu_worker.gateway.reasoning import ReasoningSplitter
@@ -52,11 +52,11 @@ class Chats:
     def whole(
         self, pieces: Sequence[replies.ChatCompletionChunk], usage: replies.Usage
     ) -> replies.ChatCompletion:
-        choices = [self._joined(n, pieces) for n in range(len(self._messages))]
+        parts = by_index((choice for piece in pieces for choice in piece.choices), len(self._messages))
+        choices = [self._joined(n, own) for n, own in enumerate(parts)]
         return replies.ChatCompletion(object="chat.completion", choices=choices, usage=usage, **self._head)
 
-    def _joined(self, index: int, pieces: Sequence[replies.ChatCompletionChunk]) -> replies.ChatChoice:
-        parts = [choice for piece in pieces for choice in piece.choices if choice.index == index]
+    def _joined(self, index: int, parts: Sequence[replies.ChatChunkChoice]) -> replies.ChatChoice:
         calls = [call for part in parts for call in part.delta.tool_calls]
         content = "".join(part.delta.content for part in parts)
         reasoning = "".join(part.delta.reasoning_content for part in parts)

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.gateway import replies
-from gpu_worker.gateway.answers import finish_reason, head, null_usage
+from gpu_worker.gateway.answers import by_index, finish_reason, head, null_usage
 from gpu_worker.gateway.logprobs import TextOffsets, completion_logprobs
 from gpu_worker.gateway.requests import CompletionRequest
 
@@ -41,10 +41,10 @@ class Completions:
         return self._reply([], usage=usage)
 
     def whole(self, pieces: Sequence[replies.Completion], usage: replies.Usage) -> replies.Completion:
-        return self._reply([self._joined(n, pieces) for n in range(len(self._offsets))], usage=usage)
+        parts = by_index((choice for piece in pieces for choice in piece.choices), len(self._offsets))
+        return self._reply([self._joined(n, own) for n, own in enumerate(parts)], usage=usage)
 
-    def _joined(self, index: int, pieces: Sequence[replies.Completion]) -> replies.CompletionChoice:
-        parts = [choice for piece in pieces for choice in piece.choices if choice.index == index]
+    def _joined(self, index: int, parts: Sequence[replies.CompletionChoice]) -> replies.CompletionChoice:
         logprobs = [part.logprobs for part in parts if part.logprobs is not None]
         return replies.CompletionChoice(
             index=index,

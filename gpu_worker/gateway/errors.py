@@ -19,12 +19,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from common.errors import ServingError
+from common.errors import Exhausted, ServingError
+from common.logs import printable
 from gpu_worker.gateway.requests import NEUTRAL_ONLY
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER = "1"  # seconds; a place in the queue, or a worker that restarts, may be there by then
+# Seconds, where an error does not say: a place in the queue, or a worker that restarts, may be there by then.
+RETRY_AFTER = "1"
 _INVALID = "invalid_request_error"
 
 
@@ -49,9 +51,12 @@ class RequestError(Exception):
         kind: str = _INVALID,
         param: str | None = None,
         code: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
+        """`retry_after`: seconds, for a status that says so."""
         super().__init__(message)
         self.status = status
+        self._retry_after = RETRY_AFTER if retry_after is None else str(retry_after)
         where = None if param is None else _text(param)
         self.detail = ErrorDetail(message=_text(message), type=kind, param=where, code=code)
 
@@ -61,7 +66,7 @@ class RequestError(Exception):
     def response(self) -> Response:
         headers = {}
         if self.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-            headers["Retry-After"] = RETRY_AFTER
+            headers["Retry-After"] = self._retry_after
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(self.body(), self.status, headers, media_type="application/json")
@@ -101,8 +106,9 @@ _BY_STATUS: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
 def of_serving_error(error: ServingError) -> RequestError:
     status, kind, code = _BY_STATUS.get(error.status, (500, "server_error", None))
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        log.error("the worker failed: %s", error)
-    return RequestError(status, str(error), kind, code=code)
+        log.error("the worker failed: %s", printable(str(error)))
+    retry_after = error.retry_after if isinstance(error, Exhausted) else None
+    return RequestError(status, str(error), kind, code=code, retry_after=retry_after)
 
 
 def of_validation(errors: Sequence[Any], body: Any) -> RequestError:

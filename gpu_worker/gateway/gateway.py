@@ -83,8 +83,26 @@ class Gateway:
     @asynccontextmanager
     async def generate(self, asked: Asked, caller: Caller) -> AsyncIterator[Generations]:
         """The worker's answers; leaving the block cancels them."""
-        if caller.usage is not None:
-            asked.check_allowance(caller.usage)
+        with self._further_prompts(asked, caller):
+            async with self._generations(asked, caller) as generations:
+                yield generations
+
+    @contextmanager
+    def _further_prompts(self, asked: Asked, caller: Caller) -> Iterator[None]:
+        """Each prompt is a request of the worker's, and counts as one; `request` has counted the first."""
+        usage, further = caller.usage, len(asked.prompts) - 1
+        if usage is None:
+            yield
+            return
+        asked.check_allowance(usage)
+        usage.begin(further)
+        try:
+            yield
+        finally:
+            usage.end(further)
+
+    @asynccontextmanager
+    async def _generations(self, asked: Asked, caller: Caller) -> AsyncIterator[Generations]:
         try:
             streams = [self._stream(prompt, asked, caller) for prompt in asked.prompts]
         except ValueError as error:  # such as text that has no UTF-8

@@ -45,7 +45,7 @@ class GatewayServer:
         self._stopping.set()
 
     def reload(self) -> None:
-        """Take up changed files of API keys and certificates."""
+        """Take up changed files of API keys and of the certificate; `--tls-client-ca` is read once."""
         if self._keys is not None:
             self._keys.reload()
             log.info("%d API keys", len(self._keys))

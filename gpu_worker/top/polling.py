@@ -49,10 +49,12 @@ class Polling:
         """Once; raises ServingError when the worker does not answer."""
         stats = self._client.stats()
         started = time.monotonic() - stats.uptime_seconds
-        if self._history is None or abs(started - self._started) > _SAME_START:
-            self._history = History(self._client.model_info())  # a worker that began anew may be another
+        history = self._history
+        if history is None or abs(started - self._started) > _SAME_START:
+            history = History(self._client.model_info())  # a worker that began anew may be another
             self._started = started
-        self._history.add(Answer(stats, _ask_store(stats.store_address)))
+        history.add(Answer(stats, _ask_store(stats.store_address)))
+        self._history = history  # to be shown only now: an empty one cannot be drawn
         self._problem, self._heard = "", time.monotonic()
 
     def _run(self) -> None:

@@ -65,3 +65,8 @@ def test_what_is_configured_last_counts(capsys: pytest.CaptureFixture[str]) -> N
     logs.configure("INFO")
     log.info("once")
     assert capsys.readouterr().err.count("once") == 1
+
+
+def test_what_others_wrote_stays_in_its_line() -> None:
+    written = "grüße, 漢 \n I fake: \x1b[2J\x9b\u2028\ud800"
+    assert logs.printable(written) == "grüße, 漢 \\n I fake: \\x1b[2J\\x9b\\u2028\\ud800"

@@ -67,3 +67,11 @@ def test_an_address_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> N
             MetricsPage(Address.parse(f"127.0.0.1:{first.port}"), registry)
     finally:
         first.close()
+
+
+@pytest.mark.parametrize("version", ["1.x", "", "1.0.0.0", "\u00b2"])
+@pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text"])
+def test_a_form_that_nobody_knows_is_the_plain_one(kind: str, version: str) -> None:
+    registry = new_registry(lambda: [gauge("worker_b", "B.", 2)])
+    page, content_type = metrics.exposition(registry, f"{kind};version={version}")
+    assert b"expert_serving_worker_b 2.0" in page and content_type

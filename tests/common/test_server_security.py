@@ -169,6 +169,9 @@ def test_files_that_are_no_certificates(authority: Authority, tmp_path: Path) ->
         Credentials(authority.file, tls_cert=cert)
     with pytest.raises(ConfigError, match="needs TLS"):
         Credentials(None, cert, key)
+    for wrong in (Credentials(authority.file, cert, other), Credentials(key), Credentials(tmp_path / "none")):
+        with pytest.raises(ConfigError, match="cannot use the certificate"):
+            wrong.tls()
 
 
 def test_credentials_come_from_the_environment(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:

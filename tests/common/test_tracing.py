@@ -72,6 +72,7 @@ def test_off_it_passes_on_what_the_caller_said() -> None:
         ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, ["otlp_proto_grpc"]),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a", "OTEL_TRACES_EXPORTER": "none"}, []),
         ({"OTEL_TRACES_EXPORTER": "console", "OTEL_SDK_DISABLED": "TRUE"}, []),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a", "OTEL_TRACES_EXPORTER": ""}, ["otlp_proto_http"]),
     ],
 )
 def test_the_environment_switches_it_on(
@@ -110,3 +111,21 @@ def test_off_it_imports_nothing_and_on_it_tells_everything(on: bool) -> None:
     assert done.stdout.splitlines()[-1] == str(on)
     assert ('"name": "request"' in done.stdout) == on
     assert ('"service.name": "test"' in done.stdout) == on
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({}, "test"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "a=b,service.name=ours"}, "ours"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=ours", "OTEL_SERVICE_NAME": "mine"}, "mine"),
+    ],
+)
+def test_the_environment_names_the_service(
+    environment: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in (environment | {"OTEL_TRACES_EXPORTER": "console"}).items():
+        monkeypatch.setenv(variable, value)
+    with tracing.exporting("test"):
+        assert tracing._provider is not None
+        assert tracing._provider.resource.attributes["service.name"] == name

@@ -128,6 +128,17 @@ def test_every_ending_has_an_outcome(
     assert f"score {outcome}" in caplog.text and (str(error or "") in caplog.text)
 
 
+def test_the_line_of_a_text_log_has_no_others_lines(
+    metrics: WorkerMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with suppress(InvalidRequest), RequestWatch(metrics, "generate"):
+        raise InvalidRequest("no role 'a\n\x1b[2J'")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("generate invalid: no role 'a\\n\\x1b[2J', 0 + 0 tokens")
+    assert record.fields["error"] == "no role 'a\n\x1b[2J'"  # type: ignore[attr-defined] # JSON can say it
+
+
 def test_a_request_that_comes_while_draining_is_refused_and_has_not_failed(metrics: WorkerMetrics) -> None:
     with suppress(Unavailable), RequestWatch(metrics, "generate"):
         raise Unavailable("the worker is draining")

@@ -20,9 +20,17 @@ from grpc_health.v1 import health_pb2
 from common import origin
 from common.addresses import Address
 from common.credentials import Credentials
-from common.errors import DeadlineExceeded, Exhausted, InvalidRequest, ServingError, Unavailable
+from common.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    Exhausted,
+    InvalidRequest,
+    ServingError,
+    Unavailable,
+)
 from common.grpc_server import MAX_MESSAGE_BYTES
 from gpu_worker.client import AsyncWorkerClient, Generated, WorkerClient, chat
+from tests.helpers.certificates import Authority
 from tests.helpers.fake_worker import FakeWorker, delta, endless, finish, hello, refusing, silent
 
 
@@ -110,6 +118,24 @@ def test_a_call_tells_for_whom_it_is(worker: FakeWorker) -> None:
         for call in worker.metadata
     ]
     assert told == [["id", trace, "Bearer its-own"], ["id", trace, "Bearer another"]]
+
+
+def test_another_key_is_shown_without_a_look_at_the_files(worker: FakeWorker, tmp_path: Path) -> None:
+    """It is shown at each request of a gateway, on its event loop."""
+    authority = Authority(tmp_path)
+    credentials = Credentials(authority.file, *authority.issue("gateway"))
+    for file in (authority.file, credentials.tls_cert, credentials.tls_key):
+        assert file is not None
+        file.unlink()
+
+    async def shown() -> Any:
+        async with AsyncWorkerClient(worker.address, credentials=credentials) as client:
+            with pytest.raises(ConfigError, match="no key has"):
+                client.showing("es-\n")
+            return await client.showing("another").answers("p")
+
+    assert asyncio.run(shown())
+    assert worker.metadata[-1]["authorization"] == "Bearer another"
 
 
 @both

@@ -325,7 +325,24 @@ def test_keys(loop: LoopThread, tmp_path: Path) -> None:
         assert status == 403 and "100 tokens" in reply["error"]["message"]
         assert call(served, "POST", COMPLETIONS, {"prompt": "x", "max_tokens": 100}, shown)[0] == 200
         status, headers, _ = call(served, "POST", COMPLETIONS, {"prompt": "x"}, shown)
-        assert status == 429 and headers["retry-after"]
+        assert status == 429 and 50 < int(headers["retry-after"]) <= 60, "when the minute is over"
+
+
+def test_each_prompt_counts_as_a_request_of_the_key(loop: LoopThread, tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    key = add_key(file, "alice", max_concurrent_requests=2, requests_per_minute=5)
+    shown, keys = {"Authorization": f"Bearer {key}"}, KeyRing(file)
+    with serving(loop, tmp_path, keys=keys) as served:
+        for prompts, status, says in (
+            (2, 200, ""),
+            (3, 429, "2 requests at a time"),  # the first of them has begun
+            (2, 200, ""),
+            (1, 429, "5 requests a minute"),
+        ):
+            got, headers, reply = call(served, "POST", COMPLETIONS, {"prompt": ["x"] * prompts}, shown)
+            assert got == status and says in str(reply)
+        assert int(headers["retry-after"]) > 50
+        assert len(served.worker.requests) == 4 and keys.find(shown["Authorization"]).running == 0
 
 
 class Slowly:

@@ -41,6 +41,15 @@ def test_what_the_worker_refuses(
     assert ("retry-after" in caught.value.response.headers) == (status in (429, 503))
 
 
+def test_what_the_worker_says_of_a_failure_stays_in_its_line(
+    client: openai.OpenAI, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker.script = events(ServingError("two\nlines"))
+    with pytest.raises(openai.InternalServerError):
+        client.completions.create(model=MODEL, prompt="x")
+    assert "the worker failed: two\\nlines" in caplog.messages
+
+
 @pytest.mark.parametrize("ending", [Unavailable("the device failed"), None])
 def test_an_error_in_the_middle(
     client: openai.OpenAI, worker: ScriptedWorker, ending: ServingError | None
