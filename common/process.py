@@ -89,7 +89,7 @@ def run_service(make: Callable[[], Service], reread: Callable[[], ProcessConfig]
         service = make()
         loop.set_exception_handler(partial(_on_loop_exception, service))
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, _stop_once, loop, number, service.stop)
+            loop.add_signal_handler(number, _stop_once, loop, service.stop)
         loop.add_signal_handler(signal.SIGHUP, _hang_up, service, reread)
         if _asked_to_stop or _terminal_is_gone():
             service.stop()
@@ -103,14 +103,17 @@ def _hang_up(service: Service, reread: Callable[[], ProcessConfig]) -> None:
     if _terminal_is_gone():
         service.stop()
         return
+    # One by one: a mistake in one file must not keep a key in force that was taken out of another.
     try:
-        level = reread().log_level
         service.reload()
     except ServingError as error:
-        log.error("reloading failed, all stays as it was: %s", error)
+        log.error("reloading failed, what could not be read stays as it was: %s", error)
     else:
-        logging.getLogger().setLevel(level)
         log.info("reloaded")
+    try:
+        logging.getLogger().setLevel(reread().log_level)
+    except ServingError as error:
+        log.error("the log level stays as it was: %s", error)
 
 
 def _terminal_is_gone() -> bool:
@@ -168,8 +171,10 @@ def _on_loop_exception(service: Service, loop: asyncio.AbstractEventLoop, contex
         service.fail(error)
 
 
-def _stop_once(loop: asyncio.AbstractEventLoop, number: int, stop: Callable[[], None]) -> None:
-    loop.remove_signal_handler(number)  # the default action is back for an impatient second one
+def _stop_once(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+    # The default actions are back for an impatient second one, of whichever kind.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
     stop()
 
 

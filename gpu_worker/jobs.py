@@ -22,7 +22,7 @@ from common.errors import InvalidRequest
 from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.engine import Engine
 from gpu_worker.model.part_times import PartTimes
-from gpu_worker.model.states import Recurrent
+from gpu_worker.model.states import KeysValues, Recurrent
 from gpu_worker.prefix_cache.reading import PromptReading
 from gpu_worker.protocol import cache_message, parts_message
 from gpu_worker.samples import Sample
@@ -35,18 +35,33 @@ Emit = Callable[[Any], None]
 _LOGIT_ROWS = 128  # scored at a time: logits of a whole chunk take more memory than all the chunk's blocks
 
 
-def check_tokens(ids: Sequence[int], vocab_size: int, longest: int) -> None:
-    """Raises InvalidRequest unless `ids` is a prompt the model can read and still answer."""
-    if not ids:
-        raise InvalidRequest("the prompt is empty; give at least one token")
-    bad = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if bad is not None:
-        raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab_size}")
-    if len(ids) > longest:
+MOST_SCORED = 1 << 20  # tokens of one text: all of them are in memory until it ends
+
+
+def check_length(count: int, max_context: int) -> None:
+    """Raises InvalidRequest for a prompt that the model cannot read and still answer."""
+    if count > max_context:
         raise InvalidRequest(
-            f"the prompt has {len(ids)} tokens; this worker's context takes at most {longest}: "
+            f"the prompt has {count} tokens; this worker's context takes at most {max_context}: "
             "shorten it, or start the worker with a larger --max-context"
         )
+
+
+def check_scored_length(count: int) -> None:
+    """Raises InvalidRequest for a text too long to be scored at a time."""
+    if count > MOST_SCORED:
+        raise InvalidRequest(
+            f"the text has {count} tokens; at most {MOST_SCORED} are scored in one request: divide it"
+        )
+
+
+def check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequest unless there are tokens, and all are of the model."""
+    if not ids:
+        raise InvalidRequest("the prompt is empty; give at least one token")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        bad = next(token for token in ids if not 0 <= token < vocab_size)
+        raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab_size}")
 
 
 class Job:
@@ -90,7 +105,8 @@ class Generation(Job):
 
     The first sample takes the prompt's own place. What later ones need of the prompt is a copy of its
     recurrent states on the host, of fixed size, and its keys and values, which decoding leaves as they are at
-    the place of any sample that runs: so the last place of a request is kept until its last sample has begun.
+    the place of any sample that runs: so the last place of a request is kept until its last sample has begun,
+    or `set_aside` copies them to the host.
     """
 
     def __init__(
@@ -108,12 +124,14 @@ class Generation(Job):
         self.eos = () if params.ignore_eos else tuple(eos_token_ids)
         self.samples: list[Sample] = []  # that have begun
         self.running: list[Sample] = []  # of these
+        self.aside = False  # whether it has begun and has no place
         self.priority = priority
         self._count = samples
         self._reading: PromptReading | None = None
         self._prefilled = 0.0
         self._logits: Tensor | None = None  # after the prompt, (vocab,)
         self._states: Recurrent | None = None  # likewise, where there will be a second sample
+        self._context: KeysValues | None = None  # of the prompt, once the request was set aside
 
     @property
     def completion_tokens(self) -> int:
@@ -157,17 +175,35 @@ class Generation(Job):
         assert self._logits is not None
         place, self.place = self.place, -1
         if self.samples:
-            assert self._states is not None
-            source = self.running[0].place if place < 0 else place
-            place = engine.take_place() if place < 0 else place
-            engine.fork(source, place, len(self.prompt), self._states)
+            place = self._return_to_prompt(place, engine)
         sample = Sample(self, len(self.samples), place)
         self.samples.append(sample)
         self.running.append(sample)
         logits = self._logits
         if not self.more:
-            self._logits = self._states = None
+            self._logits = self._states = self._context = None
         return sample.accept(engine, logits, None)
+
+    def _return_to_prompt(self, place: int, engine: Engine) -> int:
+        """A place that is as after the prompt: this one if there is one (not -1), else a new one."""
+        assert self._states is not None
+        source = place
+        if place < 0:
+            place = engine.take_place()
+            source = self.running[0].place if self.running else place
+        if self.aside:
+            assert self._context is not None
+            engine.pools.write_context(place, 0, self._context)
+        engine.fork(source, place, len(self.prompt), self._states)
+        self.aside = False
+        return place
+
+    def set_aside(self, engine: Engine) -> None:
+        """Give back the place that is kept for the next sample, which then takes any."""
+        if self._context is None:
+            self._context = engine.pools.read_context(self.place, 0, len(self.prompt))
+        engine.give_place(self.place)
+        self.place, self.aside = -1, True
 
     def end_sample(self, sample: Sample, engine: Engine) -> None:
         """Its place is free, unless a later sample needs what is there."""

@@ -21,6 +21,14 @@ class NotAccepting(Unavailable):
     """Nothing went wrong: the worker is not up yet, or about to end."""
 
 
+def not_accepted() -> NotAccepting:
+    """The answer to a request that comes too late."""
+    return NotAccepting(
+        "the worker is stopping, and this request was not accepted; "
+        "send it elsewhere, or again once a worker is back"
+    )
+
+
 def handed_back() -> Unavailable:
     """The ending of a request that the end of the worker cuts off."""
     return Unavailable("the worker is stopping, and this request had not finished; send it again")

@@ -1,7 +1,8 @@
 """What a job says, on its way from the engine's thread to the stream of its client.
 
 The engine never waits for a client, so what one leaves unread is kept here, and that is bounded: a client
-that is MOST_UNREAD messages behind is told so at that point of its stream, and its job is cancelled.
+that is MOST_UNREAD messages or UNREAD_BYTES behind is told so at that point of its stream, and its job is
+cancelled.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import Exhausted
+from common.units import format_bytes
 
-MOST_UNREAD = 4096  # messages; some hundred bytes each, besides what the transport holds
+MOST_UNREAD = 4096  # messages, besides what the transport holds
+UNREAD_BYTES = 16 << 20  # of them on the wire; one message more may come on top
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Outbox:
         self.on_full: Callable[[], object] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._bytes = 0  # of the messages in it
         self._ended = False
 
     def emit(self, message: Any) -> None:
@@ -43,6 +47,7 @@ class Outbox:
     async def messages(self) -> AsyncIterator[Any]:
         """Messages until the end; raises its error."""
         while not isinstance(message := await self._queue.get(), _End):
+            self._bytes -= message.ByteSize()
             yield message
         if message.error is not None:
             raise message.error
@@ -50,11 +55,14 @@ class Outbox:
     def _put(self, message: Any) -> None:
         if self._ended:
             return
-        if self._queue.qsize() < MOST_UNREAD:
+        unread = self._queue.qsize()
+        if unread < MOST_UNREAD and self._bytes < UNREAD_BYTES:
+            self._bytes += message.ByteSize()
             self._queue.put_nowait(message)
             return
+        size = format_bytes(self._bytes)
         text = (
-            f"the client left {MOST_UNREAD} messages of its stream unread, and the request was ended for that"
+            f"the client left {unread} messages of its stream unread, {size}; its request was ended for that"
         )
         self._end(Exhausted(f"{text}; read the stream while it comes"))
         self.on_full()

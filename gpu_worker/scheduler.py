@@ -9,7 +9,8 @@ there is always a step of decode. Where a prompt is cut does not depend on what 
 Jobs arrive from the event loop by `submit`, and every submitted job gets exactly one ending, through its
 `on_end`: None when it finished or was cancelled, else the error. A place in the pools is all the memory that
 a sequence takes, so an admitted one never lacks any. A request goes on with one place if it has to, however
-many samples it has: they wait for further ones beside the requests that wait for their first (`waiting`). A
+many samples it has: they wait for further ones beside the requests that wait for their first (`waiting`).
+Between two samples it has no claim to that one either, and is set aside if somebody else is next. A
 `ServingError` fails the jobs of the step that raised it, and only those; anything else is a broken invariant
 or a failed device, and ends the process. Of a failed device, one line is logged.
 """
@@ -27,14 +28,16 @@ from common.origin import Origin, working_for
 from gpu_worker.device_errors import DeviceFailed, device_failure
 from gpu_worker.engine import Engine
 from gpu_worker.jobs import Generation, Job
-from gpu_worker.lifecycle import handed_back
-from gpu_worker.prefix_cache.answers import IDLE_SECONDS, Answers
+from gpu_worker.lifecycle import handed_back, not_accepted
+from gpu_worker.prefix_cache.answers import IDLE_SECONDS, NextTurns
 from gpu_worker.samples import Sample
 from gpu_worker.waiting import WaitingJobs
 
 log = logging.getLogger(__name__)
 
 OnEnd = Callable[[BaseException | None], None]
+
+_MOST_ASIDE = 4  # requests whose prompts are kept on the host while they have no place; or as many as places
 
 
 class Scheduler:
@@ -54,7 +57,7 @@ class Scheduler:
         self._waiting = WaitingJobs()
         self._prefilling: deque[Job] = deque()  # the first is the next to read a chunk
         self._sampling: list[Generation] = []  # whose prompts are read
-        self._answers = Answers(engine)  # to be read when there is nothing else to do
+        self._next_turns = NextTurns(engine)  # to be read when there is nothing else to do
         self._stopping = False
         self._changed = threading.Condition()  # guards what waits; all else is the engine's thread's
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -71,20 +74,20 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Jobs that have a place."""
+        """Jobs that have begun; they have a place, or had one and have further samples that wait for one."""
         return len(self._prefilling) + len(self._sampling)
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, job: Job, on_end: OnEnd) -> None:
-        """Queue a job; raises Exhausted when the queue is full, Unavailable when the worker is stopping."""
+        """Queue a job; raises Exhausted when the queue is full, NotAccepting when the worker stops."""
         with self._changed:
             if self._stopping:
-                raise handed_back()
+                raise not_accepted()
             self._drop_waiting()
             # Those for whom a place is free wait for the end of a step, no longer.
-            if self.waiting >= self._max_queue + self._engine.free_places + self._answers.places:
+            if self.waiting >= self._max_queue + self._engine.free_places + self._next_turns.places:
                 raise Exhausted(f"{self._max_queue} requests are waiting already; try again later")
             self._endings[job] = on_end
             self._waiting.push(job)
@@ -124,7 +127,7 @@ class Scheduler:
     def _wait_for_work(self) -> bool:
         """False when there is to be no further step."""
         with self._changed:
-            self._changed.wait_for(self._busy, IDLE_SECONDS if self._answers else None)
+            self._changed.wait_for(self._busy, IDLE_SECONDS if self._next_turns else None)
             return not self._stopping
 
     def _busy(self) -> bool:
@@ -132,7 +135,8 @@ class Scheduler:
 
     def _iterate(self) -> None:
         if not self._busy():
-            self._answers.read(interrupted=self._busy)
+            if self._next_turns:  # else whoever had arrived has given up again
+                self._next_turns.read(interrupted=self._busy)
             return
         self._drop_cancelled()
         self._admit()  # while there are places, and whoever is next for one
@@ -149,14 +153,31 @@ class Scheduler:
                 self._end(job)
 
     def _admit(self) -> None:
-        for generation in [job for job in self._sampling if job.place >= 0]:
-            self._begin_sample(generation)  # where its last one ended
-        while self._engine.free_places and (job := self._next_waiting()) is not None:
+        """No more than there are places now: samples of one token are not begun without end. A place that is
+        kept between two samples is for whoever is next, like any other."""
+        kept = [job for job in self._sampling if job.place >= 0]  # of requests between two samples
+        most_aside = max(_MOST_ASIDE, self._engine.pools.sequences)
+        if sum(job.aside for job in self._sampling) + len(kept) > most_aside:
+            for generation in kept:  # they go on at once
+                self._begin_sample(generation)
+            kept = []
+        for _ in range(self._engine.free_places + len(kept)):
+            job = self._next_waiting()
+            if job is None:
+                break
+            if job.place < 0 and not self._engine.free_places:
+                self._set_one_aside()
             if isinstance(job, Generation) and job.begun:
                 self._begin_sample(job)
             else:
                 job.begin(self._engine)
                 self._prefilling.append(job)
+
+    def _set_one_aside(self) -> None:
+        """Of the requests that keep a place for their next sample, and do not have the next turn."""
+        with self._changed:
+            kept = [job for job in self._waiting if isinstance(job, Generation) and job.place >= 0]
+        kept[-1].set_aside(self._engine)
 
     def _next_waiting(self) -> Job | None:
         with self._changed:
@@ -213,7 +234,7 @@ class Scheduler:
         if job.done:
             self._end(job)
             if len(job.samples) == 1:
-                self._answers.note(job.prompt, sample.output)
+                self._next_turns.note(job.prompt, sample.output)
 
     @contextmanager
     def _blaming(self, jobs: Sequence[Job]) -> Iterator[None]:

@@ -132,10 +132,10 @@ class Worker:
 
     async def _drain(self) -> None:
         """Until every request that was accepted has ended, the time for that is over, or the worker fails."""
-        if self._failed.is_set():
-            return
         self.life.drain()
         await self._rpc.set_serving(False)
+        if self._failed.is_set():
+            return
         timeout = self.config.drain_timeout
         if self.life.calls:
             log.info("draining: %d requests have %g s to finish", self.life.calls, timeout)

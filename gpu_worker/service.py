@@ -26,7 +26,15 @@ from common.process import resident_bytes
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerServicer
 from gpu_worker.chats import reply_forms
-from gpu_worker.jobs import Generation, Job, Scoring, check_tokens
+from gpu_worker.jobs import (
+    Emit,
+    Generation,
+    Job,
+    Scoring,
+    check_length,
+    check_scored_length,
+    check_vocabulary,
+)
 from gpu_worker.lifecycle import STARTING, Lifecycle
 from gpu_worker.metrics import WorkerMetrics, figures_of
 from gpu_worker.outbox import Outbox
@@ -88,7 +96,8 @@ class GenerationService(GpuWorkerServicer):
         await _identify(context)
         with RequestWatch(self.metrics, "score", context.time_remaining()) as watch, self.life.call():
             outbox = Outbox()
-            job = await self._scoring(request, outbox)
+            # In a thread: a book takes seconds.
+            job = await asyncio.to_thread(_scoring, request, self.model, outbox.emit)
             watch.follow(job)
             async with aclosing(self._run(job, outbox)) as events:
                 async for event in events:
@@ -184,8 +193,10 @@ class GenerationService(GpuWorkerServicer):
     async def _generation(self, request: pb.GenerateRequest, outbox: Outbox) -> Generation:
         check_version(request.protocol_version)
         model = self.model
+        check_length(len(request.token_ids.ids), model.max_context)  # before anything is done with them
         prompt = await asyncio.to_thread(prompt_tokens, request, model.tokenizer)  # a book takes seconds
-        check_tokens(prompt, model.config.vocab_size, model.max_context)
+        check_length(len(prompt), model.max_context)
+        check_vocabulary(prompt, model.config.vocab_size)
         params = sampling_params(request.sampling)
         if params.stop and model.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, which this checkpoint lacks; leave them out")
@@ -199,15 +210,6 @@ class GenerationService(GpuWorkerServicer):
             samples_of(request),
             request.priority,
         )
-
-    async def _scoring(self, request: pb.ScoreRequest, outbox: Outbox) -> Scoring:
-        check_version(request.protocol_version)
-        model = self.model
-        tokens = await asyncio.to_thread(prompt_tokens, request, model.tokenizer)
-        check_tokens(tokens, model.config.vocab_size, longest=1 << 31)
-        check_allowance(len(tokens))
-        window, stride = _window(request, model.max_context)
-        return Scoring(tokens, window, stride, outbox.emit)
 
     async def _run(self, job: Job, outbox: Outbox) -> AsyncGenerator[Any, None]:
         def give_up() -> None:
@@ -235,6 +237,23 @@ async def _identify(context: Context) -> None:
         name = uuid.uuid4().hex
     origin.work_for(origin.Origin((name,), given.get(origin.TRACEPARENT, "")))
     await context.send_initial_metadata(((origin.REQUEST_ID, name),))
+
+
+def _scoring(request: pb.ScoreRequest, model: ServedModel, emit: Emit) -> Scoring:
+    check_version(request.protocol_version)
+    window, stride = _window(request, model.max_context)
+    check_scored_length(len(request.token_ids.ids))  # before anything is done with them
+    tokens = prompt_tokens(request, model.tokenizer)
+    check_scored_length(len(tokens))
+    check_vocabulary(tokens, model.config.vocab_size)
+    check_allowance(_tokens_read(len(tokens), window, stride), priority=None)
+    return Scoring(tokens, window, stride, emit)
+
+
+def _tokens_read(tokens: int, window: int, stride: int) -> int:
+    """By a scoring, whose windows overlap by one token at least."""
+    windows = 1 + max(0, -(-(tokens - window) // min(stride, window - 1)))
+    return min(window, tokens) * windows
 
 
 def _window(request: pb.ScoreRequest, max_context: int) -> tuple[int, int]:

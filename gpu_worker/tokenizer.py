@@ -8,6 +8,7 @@ endings) is not known here.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -22,7 +23,6 @@ from gpu_worker.token_pieces import TokenPieces
 
 # Any of these makes a directory one with a tokenizer, which must then load.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 # transformers' classes that take tokenizer.json as it is, and the options that make them change it.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _CHANGING_OPTIONS = ("add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder")
@@ -59,7 +59,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer puts around a text."""
-        return list(self._backend.encode(text).ids)
+        # A batch of one: `encode` would hold the interpreter's lock, and with it all else of the process.
+        return list(self._backend.encode_batch([text])[0].ids)
 
     def encode_chat(
         self,
@@ -119,8 +120,9 @@ class TokenStream:
     """Text of a growing list of ids: the pieces together are `decode` of all ids.
 
     A tokenizer may decode an id differently at the beginning of a text than within it, so the ids of the last
-    piece stay in front of the new ones as context. A piece is held back while it ends in U+FFFD, which is
-    what a part of a character decodes to.
+    piece stay in front of the new ones as context. A piece is held back while the bytes of its last character
+    are not all there; the text cannot tell, since U+FFFD is also a character, and what wrong bytes decode to.
+    Where a tokenizer takes back what it decoded before wrong bytes (byte fallback), what was shown stays.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -128,14 +130,19 @@ class TokenStream:
         self._ids: list[int] = []
         self._shown = ""  # what the first of these ids, those already shown, decode to
         self._context = 0  # how many those are
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")  # knows what a character lacks
 
     def push(self, token: int) -> str:
         """The text that `token` completes, perhaps none."""
-        if token in self._tokenizer.special_ids:
+        if token in self._tokenizer.special_ids or not (added := self._tokenizer.piece(token)):
             return ""
         self._ids.append(token)
+        self._bytes.decode(added)
+        unfinished, _ = self._bytes.getstate()
+        if unfinished:
+            return ""
         text = self._tokenizer.decode(self._ids)
-        if text.endswith(_UNFINISHED) or len(text) <= len(self._shown):
+        if len(text) <= len(self._shown):
             return ""
         piece = text[len(self._shown) :]
         self._ids = self._ids[self._context :]
@@ -147,6 +154,7 @@ class TokenStream:
         """What was held back, once it is known that nothing follows."""
         piece = self._tokenizer.decode(self._ids)[len(self._shown) :]
         self._ids, self._shown, self._context = [], "", 0
+        self._bytes.reset()
         return piece
 
 

@@ -1,8 +1,8 @@
 """When a failed call is made again, and after which pause. Used by both clients.
 
 A worker that restarts refuses calls for seconds. A call that has produced nothing is then made again, with
-pauses that grow, until it succeeds or the stated time is over. A call that has streamed something is never
-made again: its answer would begin anew.
+pauses that grow, until it succeeds or the stated time since its first failure is over. A call that has
+streamed something is never made again: its answer would begin anew.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ _LONGEST_PAUSE = 2.0
 
 
 class Attempts:
-    """One call's attempts, within `retry_for` seconds of now and the caller's own `timeout` (None: none)."""
+    """One call's attempts: within `retry_for` seconds of the first that fails, which may have taken long, and
+    within the caller's own `timeout` of now (None: none)."""
 
     def __init__(self, retry_for: float, timeout: float | None) -> None:
         now = time.monotonic()
-        self._until, self._retry_for = now + retry_for, retry_for
+        self._retry_for = retry_for
+        self._failed: float | None = None  # when the first attempt did
         self._deadline = None if timeout is None else now + timeout
         self._pause = _FIRST_PAUSE
 
@@ -37,6 +39,10 @@ class Attempts:
             raise error
         pause = self._pause * random.uniform(0.5, 1.0)  # clients of one worker should not return in step
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        if time.monotonic() + pause > min(self._until, self._deadline or self._until):
-            raise Unavailable(f"{error} (tried for {self._retry_for:g} s)")
+        now = time.monotonic()
+        if self._failed is None:
+            self._failed = now
+        until = self._failed + self._retry_for
+        if now + pause > min(until, self._deadline or until):
+            raise Unavailable(f"{error} (tried again for {now - self._failed:.1f} s)")
         return pause

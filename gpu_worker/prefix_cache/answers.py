@@ -24,7 +24,7 @@ IDLE_SECONDS = 0.2  # with nothing to do, before an answer is read; programs tak
 _MOST = 8  # that wait to be read; the oldest are forgotten
 
 
-class Answers:
+class NextTurns:
     """Used by the engine's thread."""
 
     def __init__(self, engine: Engine) -> None:

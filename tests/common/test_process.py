@@ -32,8 +32,9 @@ class Service:
         return 0
 
     def stop(self):
-        print("stopping", flush=True)
-        if not stays:
+        if stays:
+            print("stopping", flush=True)
+        else:
             self.ended.set()
 
     def reload(self):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_what_does_not_finish_in_time_is_handed_back(start: Callable[..., LocalW
     assert worker.join() == 0
     assert 0.3 <= time.monotonic() - started < 10
     queued.join(20)
-    assert "tried for 1 s" in told[0]  # and there was no other worker
+    assert "tried again for 0." in told[0]  # and there was no other worker
 
 
 def test_a_failure_while_draining_ends_the_worker(start: Callable[..., LocalWorker]) -> None:
@@ -104,6 +105,26 @@ def test_a_failure_while_draining_ends_the_worker(start: Callable[..., LocalWork
             list(stream)
     assert worker.join() == EXIT_INVARIANT
     assert time.monotonic() - started < 10  # of 30
+
+
+def test_a_worker_that_has_failed_accepts_nothing(
+    start: Callable[..., LocalWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on, however long the step in progress takes to end."""
+    worker, ended = start(), threading.Event()
+    assert worker.worker is not None
+    assert worker.worker._scheduler is not None
+    stop = worker.worker._scheduler.stop
+    monkeypatch.setattr(worker.worker._scheduler, "stop", lambda timeout: ended.wait(20) and stop(timeout))
+    with worker.client() as client:
+        worker.call(partial(worker.worker.fail, AssertionError("a test")))
+        try:
+            until(lambda: not client.serving())
+            with pytest.raises(Unavailable, match=r"draining.*send this request elsewhere"):
+                next(client.generate(PROMPT))
+        finally:
+            ended.set()
+    assert worker.join() == EXIT_INVARIANT
 
 
 def test_a_worker_that_starts_says_what_it_waits_for(

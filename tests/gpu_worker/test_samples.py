@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -90,6 +91,16 @@ def test_samples_that_end_with_their_first_token(served: Served, alone: list[lis
     assert served.steps == ["p:s"] * 3
 
 
+def test_samples_of_one_token_do_not_keep_up_those_that_decode(served: Served) -> None:
+    """Between two steps no more of them begin than there are places."""
+    served.generate("a", PROMPT[:2], max_new_tokens=80)
+    ask(served, 100, max_new_tokens=1)
+    served.scheduler.start()
+    served.wait_for(2)
+    told = " ".join(event for event in served.events if event not in ("t:a", "f:s", "p:s"))
+    assert "t:s " * 2 in told and "t:s " * (PLACES + 1) not in told
+
+
 def test_a_place_for_a_further_sample_is_waited_for_like_any_other(served: Served) -> None:
     """Whoever came before the sample before it began goes first, and whoever is more urgent."""
     order: list[str] = []
@@ -101,6 +112,74 @@ def test_a_place_for_a_further_sample_is_waited_for_like_any_other(served: Serve
         order += sorted(set(step[2:]) - set(order))
     assert order == ["s", "a", "b"]
     assert "d:abs" in served.steps  # it kept one, though it had 30 to go
+
+
+def test_many_samples_do_not_keep_the_only_place(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, alone: list[list[int]]
+) -> None:
+    """Whoever comes while a sample runs is next when it ends, another with many samples too; the prompts are
+    read once, and what is answered stays the same."""
+    taken = [engine.take_place() for _ in range(PLACES - 1)]
+    monkeypatch.setattr(engine, "check_integrity", lambda: None)
+    with serving(engine, monkeypatch) as served:
+        served.at = {
+            5: lambda: served.generate("a", PROMPT[:2], max_new_tokens=3),
+            14: lambda: ask(served, 8, "b"),
+        }
+        ask(served, 8)
+        served.scheduler.start()
+        served.wait_for(3)
+        turns = [key for key, _ in groupby(step[2:] for step in served.steps)]
+        assert turns[:7] == ["s", "a", "s", "b", "s", "b", "s"]
+        assert [step for step in served.steps if step[0] == "p"] == ["p:s"] * 3 + ["p:a"] + ["p:b"] * 3
+        assert [served.requests[i].samples() for i in (0, 2)] == [alone, alone]
+    assert not engine.pools.keys.any() and not engine.pools.values.any()
+    for place in taken:
+        engine.give_place(place)
+
+
+def test_a_request_that_was_set_aside_can_be_cancelled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = [engine.take_place() for _ in range(PLACES - 1)]
+    monkeypatch.setattr(engine, "check_integrity", lambda: None)
+    with serving(engine, monkeypatch) as served:
+        served.at = {
+            5: lambda: served.generate("a", PROMPT[:2], max_new_tokens=20),
+            15: lambda: served.requests[0].cancel(),
+        }
+        ask(served, 8)
+        served.scheduler.start()
+        served.wait_for(2)
+        assert served.steps[-1] == "d:a" and len(served.requests[1].tokens()) == 20
+        assert served.scheduler.running == 0 and engine.free_places == 1
+    for place in taken:
+        engine.give_place(place)
+
+
+def test_no_more_prompts_are_set_aside_than_stated(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, alone: list[list[int]]
+) -> None:
+    """Of further requests, one keeps the place until it has no further samples."""
+    taken = [engine.take_place() for _ in range(PLACES - 1)]
+    monkeypatch.setattr(engine, "check_integrity", lambda: None)
+    with serving(engine, monkeypatch) as served:
+        most = 0
+
+        def count() -> None:
+            nonlocal most
+            most = max(most, sum(job.aside for job in served.scheduler._sampling))
+            served.at[len(served.steps) + 1] = count
+
+        served.at[1] = count
+        for name in "abcdefgh":
+            ask(served, 3, name)
+        served.scheduler.start()
+        served.wait_for(8)
+        assert all(request.samples() == alone[:3] for request in served.requests)
+        assert most == 4
+    for place in taken:
+        engine.give_place(place)
 
 
 def test_an_urgent_request_goes_before_those_that_came_earlier(served: Served) -> None:

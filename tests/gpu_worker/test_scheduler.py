@@ -16,6 +16,7 @@ import torch
 from common.errors import Exhausted, ServingError, Unavailable
 from gpu_worker.device_errors import DeviceFailed
 from gpu_worker.engine import Engine
+from gpu_worker.lifecycle import NotAccepting
 from gpu_worker.prefix_cache.cuts import CutLaw
 from gpu_worker.samples import NotFinite
 from tests.helpers.engines import full_arena, load
@@ -222,7 +223,7 @@ def test_a_broken_invariant_ends_everything_and_everyone_is_told(
         assert [request.ending() for request in running] == [broken] * 3
         assert all(isinstance(request.ending(), Unavailable) for request in waiting)
         assert served.scheduler.stop(30) and served.fatal == [broken]
-        with pytest.raises(Unavailable, match="stopping"):
+        with pytest.raises(NotAccepting, match="stopping, and this request was not accepted"):
             short(served, "g")
     give_back(engine)
 
@@ -274,6 +275,12 @@ def test_stopping_ends_what_runs_and_what_waits(served: Served) -> None:
     served.wait_for(4)
     assert all(isinstance(request.ending(), Unavailable) for request in requests)
     assert served.scheduler.stop(30)
+
+
+def test_who_has_given_up_again_leaves_nothing_to_do(served: Served) -> None:
+    """Between the scheduler's being woken and its looking, the only job may go."""
+    served.scheduler._iterate()
+    assert served.events == []
 
 
 def test_a_full_queue_refuses_and_who_gave_up_makes_room(

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from common.errors import DeadlineExceeded, Exhausted, Incompatible, InvalidRequest
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerStub
-from gpu_worker import outbox
+from gpu_worker import jobs, outbox
 from gpu_worker.client import WorkerClient, chat
 from tests.helpers.workers import LocalWorker, QuietLink, local_worker
 
@@ -139,7 +139,7 @@ def test_a_request_has_an_id(worker: LocalWorker, given: str | None) -> None:
     [
         ([], {}, "the prompt is empty"),
         ([96], {}, "token id 96 is outside the vocabulary of 96"),
-        ([1] * 513, {}, "the prompt has 513 tokens; this worker's context takes at most 512"),
+        ([1] * 512 + [96], {}, "the prompt has 513 tokens; this worker's context takes at most 512"),
         ("text", {}, "has no tokenizer; send token ids"),
         (chat([{"role": "user", "content": "hi"}]), {}, "has no tokenizer; send token ids"),
         ([1], {"samples": 129}, "samples must be at most 128, not 129"),
@@ -154,6 +154,18 @@ def test_wrong_requests_are_told_what_to_change(
 ) -> None:
     with worker.client() as client, pytest.raises(InvalidRequest, match=text):
         client.answers(prompt, **options)
+
+
+def test_a_text_to_score_has_tokens_of_the_model_and_not_too_many(
+    worker: LocalWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with worker.client() as client:
+        with pytest.raises(InvalidRequest, match="token id 96 is outside the vocabulary of 96"):
+            list(client.score([1, 96]))
+        monkeypatch.setattr(jobs, "MOST_SCORED", 8)
+        assert list(client.score([1] * 8))
+        with pytest.raises(InvalidRequest, match="the text has 9 tokens; at most 8 are scored"):
+            list(client.score([1] * 8 + [96]))
 
 
 def test_another_protocol_is_refused(worker: LocalWorker) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -120,13 +122,34 @@ def test_an_unfinished_character_comes_with_the_flush(tokenizer: Tokenizer) -> N
     assert pieces(tokenizer, ids)[-2:] == ["", "\ufffd"]
 
 
-def test_a_long_run_of_special_tokens_costs_nothing(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_a_character_is_not_taken_for_the_lack_of_one(
+    tokenizer: Tokenizer, sentencepiece_like: Tokenizer
+) -> None:
+    """U+FFFD is a character of its own, and one for each wrong byte."""
+    for each in (tokenizer, sentencepiece_like):
+        stream = each.stream()
+        got = [stream.push(token) for token in each.encode("\ufffd" * 100)]
+        assert got[-1] == "\ufffd" and "".join(got) == "\ufffd" * 100 and len(stream._ids) <= 6
+    wrong = next(token for token in range(330) if tokenizer.piece(token) == b"\xff")
+    assert pieces(tokenizer, [wrong] * 100) == ["\ufffd"] * 100 + [""]
+
+
+def test_a_stream_begins_anew_after_its_flush(tokenizer: Tokenizer) -> None:
+    stream = tokenizer.stream()
+    first = next(token for token in range(330) if tokenizer.piece(token) == b"\xe6")
+    assert (stream.push(first), stream.flush()) == ("", "\ufffd")
+    assert "".join(map(stream.push, tokenizer.encode("a漢"))) == "a漢"
+    assert stream._bytes.getstate()[0] == b""
+
+
+@pytest.mark.parametrize("token", [1, 335], ids=["special", "unknown"])
+def test_a_long_run_of_tokens_without_text_costs_nothing(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, token: int
 ) -> None:
     """Were they kept until text follows, every step would decode the whole run again."""
     stream = tokenizer.stream()
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: pytest.fail("decoded special tokens"))
-    assert {stream.push(1) for _ in range(100)} == {""}
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: pytest.fail("decoded tokens without text"))
+    assert {stream.push(token) for _ in range(100)} == {""}
 
 
 def test_space_cleaning_configured_in_the_checkpoint_is_off(tmp_path: Path) -> None:
@@ -135,6 +158,22 @@ def test_space_cleaning_configured_in_the_checkpoint_is_off(tmp_path: Path) -> N
     loaded = Tokenizer.from_directory(save(byte_level(), tmp_path / "m", **config))
     assert loaded is not None
     assert loaded.decode(loaded.encode("don 't . do")) == "don 't . do"
+
+
+@given(text=TEXT)
+def test_encode_is_what_the_tokenizer_makes_of_one_text(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.encode(text) == tokenizer._backend.encode(text).ids
+
+
+def test_others_go_on_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    text = CORPUS[0] * 40_000
+    thread = threading.Thread(target=tokenizer.encode, args=[text])
+    thread.start()
+    ticks = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 10  # two or three, if they had to wait for it
 
 
 def test_encode_adds_the_tokenizers_special_tokens_and_decode_drops_them(tokenizer: Tokenizer) -> None:

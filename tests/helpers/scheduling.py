@@ -144,7 +144,7 @@ class Served:
     def idle(self) -> None:
         """Until the answers of requests that have ended are read for their next turns."""
         deadline = time.monotonic() + WAIT
-        while self.scheduler._answers:
+        while self.scheduler._next_turns:
             assert time.monotonic() < deadline, "the scheduler does not come to rest"
             time.sleep(0.01)
 

@@ -259,7 +259,7 @@ def test_an_answer_is_read_for_its_next_turn_when_there_is_nothing_else_to_do(
     with serving_with(engine, 0) as served:
         served.scheduler.start()
         assert_same(answer(served, second), warm)
-        assert not served.scheduler._answers
+        assert not served.scheduler._next_turns
 
 
 def test_whoever_arrives_while_an_answer_is_read_waits_for_a_chunk_at_most(engine: Engine) -> None:
