@@ -21,7 +21,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from common.expert_key import ExpertKey
-from common.origin import MAX_PACKED, NOBODY, Origin
+from common.origin import NOBODY, Origin
 
 PROTOCOL_VERSION = 2
 MAX_KEYS = 4096
@@ -29,7 +29,6 @@ _MAGIC = b"XSv1"
 _HEADER = struct.Struct("<4sBBHIQQ")  # magic, kind, fault, count, bytes of the origin, request id, lease id
 _KEY = struct.Struct("<HH")
 assert (_HEADER.size, _KEY.size) == (28, 4)
-MAX_BYTES = _HEADER.size + MAX_KEYS * _KEY.size + MAX_PACKED  # of a request
 
 
 class Kind(IntEnum):

@@ -104,16 +104,20 @@ def _hang_up(service: Service, reread: Callable[[], ProcessConfig]) -> None:
         service.stop()
         return
     # One by one: a mistake in one file must not keep a key in force that was taken out of another.
-    try:
-        service.reload()
-    except ServingError as error:
+    steps = (service.reload, lambda: logging.getLogger().setLevel(reread().log_level))
+    wrong = [error for step in steps if (error := _error_of(step)) is not None]
+    for error in wrong:
         log.error("reloading failed, what could not be read stays as it was: %s", error)
-    else:
+    if not wrong:
         log.info("reloaded")
+
+
+def _error_of(step: Callable[[], object]) -> ServingError | None:
     try:
-        logging.getLogger().setLevel(reread().log_level)
+        step()
     except ServingError as error:
-        log.error("the log level stays as it was: %s", error)
+        return error
+    return None
 
 
 def _terminal_is_gone() -> bool:

@@ -18,7 +18,6 @@ import zmq
 
 from common.errors import Exhausted, NotFound
 from common.messages import (
-    MAX_BYTES,
     Done,
     Failed,
     Fault,
@@ -39,6 +38,7 @@ log = logging.getLogger(__name__)
 
 STAGE_TIMEOUT = 20.0  # seconds until a demand that finds no frame, or a slow disk, is told so
 MOST_WAITING = 1024  # demands of one lease; a worker asks for the experts of one layer at a time
+_MOST_BYTES = 1 << 20  # of a frame; what is larger than a request, but not that large, is told so
 _MOST_AT_ONCE = 256
 _FAULTS: dict[type[Exception], Fault] = {
     Exhausted: Fault.NO_FRAME,
@@ -66,7 +66,7 @@ class MissLoop:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
         self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())  # the kernel says who connects
         self._socket.bind(self.endpoint)
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
@@ -85,14 +85,10 @@ class MissLoop:
             if socket.closed or not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return
             peer, data = socket.recv(), socket.recv()
-            whole = not socket.getsockopt(zmq.RCVMORE)
-            while socket.getsockopt(zmq.RCVMORE):
-                socket.recv()
-            if whole:
-                self._receive(peer, data)
-            else:  # not a peer of ours
-                text = "a message is one frame"
-                self._reply(peer, Failed(peek_request_id(data), Fault.MALFORMED, text))
+            while socket.getsockopt(zmq.RCVMORE):  # not a peer of ours: one message is one frame
+                part = socket.recv()
+                data += part if len(data) <= _MOST_BYTES else b""
+            self._receive(peer, data)
         self._look_again()
 
     def _look_again(self) -> None:

@@ -99,7 +99,7 @@ def test_sighup_reads_the_configuration_again(file: Path) -> None:
     file.write_text('log-levle = "error"\n')
     running.hang_up()
     running.expect("reload at DEBUG")  # whatever is wrong with the rest
-    running.expect("the log level stays as it was: ")
+    running.expect("reloading failed, what could not be read stays as it was: ")
     file.write_text('log-level = "error"\n')
     running.hang_up()
     running.expect("reload at DEBUG")
