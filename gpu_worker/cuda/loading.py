@@ -16,7 +16,7 @@ from gpu_worker.cuda.decode_model import DecodeModel
 from gpu_worker.cuda.device_slots import MAX_PAIRS, DeviceSlots
 from gpu_worker.cuda.engine import DeviceEngine
 from gpu_worker.cuda.experts import DeviceExperts
-from gpu_worker.cuda.kernels.mamba2_chunks import chunk_scan
+from gpu_worker.cuda.kernels.mamba2_prompt import PROMPT_KERNELS
 from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
 from gpu_worker.cuda.record_copies import RecordCopies
 from gpu_worker.model.linear import Linear
@@ -63,7 +63,7 @@ def device_engine(
     copies = RecordCopies(fetcher, arena, full, device, one_by_one=sync_fetch)
     experts = DeviceExperts(layouts, cache, copies, hints, gates, config)
     log.info("slots and staging: %s; %s", format_bytes(experts.nbytes), experts.describe())
-    model = NemotronH(config, model_weights, experts, chunk_scan)
+    model = NemotronH(config, model_weights, experts, PROMPT_KERNELS)
     return DeviceEngine(model, DecodeModel(config, model_weights), pools, experts, eager)
 
 

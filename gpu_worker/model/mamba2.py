@@ -1,12 +1,14 @@
 """A Mamba-2 block's mixer: project in, convolve, scan, normalise under the gate, project out.
 
 Prefill and decode are one function over (b, t) tokens with states going in and coming out: prefill is one
-sequence of t tokens, decode b sequences of one. The scan itself is in `ssd.py`, the states in `states.py`.
+sequence of t tokens, decode b sequences of one. The scan itself is in `ssd.py`, the states in `states.py`;
+a GPU's kernels for prompts are handed in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,7 @@ from gpu_worker.model.ssd import ssd_chunk_scan, ssd_step
 from gpu_worker.model.states import PrefillStep, Step
 from gpu_worker.model.weights import Mamba2Weights
 
-SCANNED_TOKENS = 1024  # at a time, where the native kernel does not: PyTorch takes 200 KB for one of the 30B
-ChunkScan = Callable[..., tuple[Tensor, Tensor]]  # see `ssd_chunk_scan`
+SCANNED_TOKENS = 1024  # at a time, where no kernel does it: PyTorch takes 200 KB for one of the 30B
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,33 @@ def time_step(dt: Tensor, dt_bias: Tensor, time_step_min: float) -> Tensor:
     return F.softplus(dt.float() + dt_bias).clamp(min=time_step_min)
 
 
+def scan_inputs(
+    projected: Tensor, state: Tensor, weights: Mamba2Weights, config: ModelConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is scanned, of projected (b, t, gate + convolution inputs + dt) after the convolution's `state`.
+
+    Returns x, B and C side by side (b, t, conv_dim) in projected.dtype, time steps (b, t, heads) float32, and
+    the convolution's state after the last token.
+    """
+    inner, heads = config.mamba_intermediate_size, config.mamba_num_heads
+    _, xBC, dt = torch.split(projected, [inner, config.conv_dim, heads], dim=-1)
+    xBC, state = causal_conv(xBC, weights.conv1d_weight, weights.conv1d_bias, state)
+    return xBC, time_step(dt, weights.dt_bias, config.time_step_min), state
+
+
+@dataclass(frozen=True)
+class PromptKernels:
+    """What computes between the projections of a block: PyTorch, or others with its signatures."""
+
+    inputs: Callable[..., tuple[Tensor, Tensor, Tensor]] = scan_inputs
+    scan: Callable[..., tuple[Tensor, Tensor]] = ssd_chunk_scan
+    norm: Callable[..., Tensor] = gated_group_norm
+    tokens: int = SCANNED_TOKENS  # at a time
+
+
+PLAIN_KERNELS = PromptKernels()
+
+
 class Mamba2:
     """The mixer of the `index`-th Mamba-2 block."""
 
@@ -57,10 +85,10 @@ class Mamba2:
         weights: Mamba2Weights,
         config: ModelConfig,
         index: int,
-        chunk_scan: ChunkScan = ssd_chunk_scan,
+        prompts: PromptKernels = PLAIN_KERNELS,
     ) -> None:
         self.weights, self.config, self.index = weights, config, index
-        self._chunk_scan = chunk_scan
+        self._prompts = prompts
         self._kernel = Mamba2Kernel(weights, config)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
@@ -79,12 +107,12 @@ class Mamba2:
         """The twin of Mamba2Kernel. Some tokens at a time: states go from one part to the next."""
         new_conv, new_ssm = (pool.index_select(0, places) for pool in (conv, ssm))
         parts = []
-        for part in projected.split(SCANNED_TOKENS, dim=1):
+        for part in projected.split(self._prompts.tokens, dim=1):
             y, new_conv, new_ssm = self.mix(part, new_conv, new_ssm)
             parts.append(y)
         conv.index_copy_(0, places, new_conv)
         ssm.index_copy_(0, places, new_ssm)
-        return torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def mix(self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What lies between the projections: projected (b, t, gate + convolution inputs + dt) after the given
@@ -93,19 +121,18 @@ class Mamba2:
         inner, heads, groups, state = (
             config.mamba_intermediate_size, config.mamba_num_heads, config.n_groups, config.ssm_state_size
         )  # fmt: skip
-        gate, xBC, dt = torch.split(projected, [inner, config.conv_dim, heads], dim=-1)
-        xBC, conv_state = causal_conv(xBC, w.conv1d_weight, w.conv1d_bias, conv_state)
+        xBC, dt, conv_state = self._prompts.inputs(projected, conv_state, w, config)
         x, B, C = torch.split(xBC, [inner, groups * state, groups * state], dim=-1)
         x = torch.unflatten(x, -1, (heads, config.mamba_head_dim))
         B, C = (torch.unflatten(part, -1, (groups, state)) for part in (B, C))
-        dt = time_step(dt, w.dt_bias, config.time_step_min)
         y, ssm_state = self._scan(x, dt, B, C, ssm_state)
-        y = gated_group_norm(y.flatten(2), gate, w.norm, config.n_groups, config.layer_norm_epsilon)
+        gate = projected[..., :inner]
+        y = self._prompts.norm(y.flatten(2), gate, w.norm, groups, config.layer_norm_epsilon)
         return y, conv_state, ssm_state
 
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         A, D = self.weights.A, self.weights.D
         if x.shape[1] > 1:
-            return self._chunk_scan(x, dt, A, B, C, D, self.config.chunk_size, state)
+            return self._prompts.scan(x, dt, A, B, C, D, self.config.chunk_size, state)
         y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
         return y[:, None], state

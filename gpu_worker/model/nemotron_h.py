@@ -13,12 +13,11 @@ from torch import Tensor
 
 from common.model_config import ModelConfig
 from gpu_worker.model.attention import Attention
-from gpu_worker.model.mamba2 import ChunkScan, Mamba2
+from gpu_worker.model.mamba2 import PLAIN_KERNELS, Mamba2, PromptKernels
 from gpu_worker.model.mlp import MLP
 from gpu_worker.model.moe import MoE, RoutedExperts
 from gpu_worker.model.norms import rms_norm
 from gpu_worker.model.part_times import LM_HEAD, PartTimes
-from gpu_worker.model.ssd import ssd_chunk_scan
 from gpu_worker.model.states import DecodeStep, PrefillStep, StatePools, Step
 from gpu_worker.model.weights import AttentionWeights, Mamba2Weights, MLPWeights, ModelWeights, MoEWeights
 
@@ -33,12 +32,11 @@ class NemotronH:
         config: ModelConfig,
         weights: ModelWeights,
         experts: RoutedExperts,
-        chunk_scan: ChunkScan = ssd_chunk_scan,
+        prompts: PromptKernels = PLAIN_KERNELS,
     ) -> None:
-        """`chunk_scan`: what scans prompts, with `ssd_chunk_scan`'s signature."""
         self.config, self.weights = config, weights
         self.times = PartTimes()
-        self.blocks = list(zip(weights.blocks, _mixers(config, weights, experts, chunk_scan), strict=True))
+        self.blocks = list(zip(weights.blocks, _mixers(config, weights, experts, prompts), strict=True))
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, sequence: int, pools: StatePools, start: int | None = None) -> Tensor:
@@ -87,7 +85,7 @@ class NemotronH:
 
 
 def _mixers(
-    config: ModelConfig, weights: ModelWeights, experts: RoutedExperts, chunk_scan: ChunkScan
+    config: ModelConfig, weights: ModelWeights, experts: RoutedExperts, prompts: PromptKernels
 ) -> list[Mixer]:
     """The mixers in order; each kind counts its own, because pools and layers are indexed that way."""
     gates = [block.mixer.gate for block in weights.blocks if isinstance(block.mixer, MoEWeights)]
@@ -96,7 +94,7 @@ def _mixers(
         index = config.pattern[:number].count(config.pattern[number])
         match block.mixer:
             case Mamba2Weights():
-                mixers.append(Mamba2(block.mixer, config, index, chunk_scan))
+                mixers.append(Mamba2(block.mixer, config, index, prompts))
             case AttentionWeights():
                 mixers.append(Attention(block.mixer, config.head_dim, index))
             case MLPWeights():

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from common.hlwq import native
-from gpu_worker.model import mamba2
-from gpu_worker.model.mamba2 import causal_conv, time_step
+from gpu_worker.model.mamba2 import PromptKernels, causal_conv, time_step
+from gpu_worker.model.nemotron_h import NemotronH
 from gpu_worker.model.norms import gated_group_norm, rms_norm
 from tests.helpers.nemotron import make_twins
 
@@ -53,13 +53,14 @@ def test_norms_round_where_transformers_does(dtype: torch.dtype) -> None:
         assert torch.equal(got, reference.mixer.norm(inner, gate))
 
 
-def test_a_long_prompt_scanned_in_parts_is_scanned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_scanned_in_parts_is_scanned_whole() -> None:
     """Parts end inside of chunks and of the convolution's reach, too."""
     twins = make_twins()
     with native.forced(native.PLAIN):
         whole = twins.model.prefill(twins.tokens(50), 0, twins.pools())
-        monkeypatch.setattr(mamba2, "SCANNED_TOKENS", 22)
+        cut = NemotronH(twins.config, twins.model.weights, twins.experts, PromptKernels(tokens=22))
         pools = twins.pools()
-        parts = twins.model.prefill(twins.tokens(50), 0, pools)
+        parts = cut.prefill(twins.tokens(50), 0, pools)
     torch.testing.assert_close(parts, whole)
+    assert not torch.equal(parts, whole), "it was cut"
     assert pools.lengths[0] == 50 and pools.ssm[:, 0].any()
