@@ -19,8 +19,10 @@ class Branch:
     freed, the current stream writes to their memory again. What the branch allocates is reused by it alone.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, first: bool = False) -> None:
+        """`first`: where both wait for a multiprocessor, its kernels are placed before others."""
+        priority = -1 if first else 0
+        self._stream = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
 
     @contextmanager
     def beside(self) -> Iterator[None]:

@@ -8,8 +8,9 @@ what became of them by `restore`), prompts (which only `settle` in free slots), 
 
 Order. resolve, fetch and the expert kernels of a step run in one stream, and so does the next step: a slot is
 overwritten only after every kernel that reads its former record, and read only after it was filled. What is
-copied ahead runs beside them, and the layer's `fetch`, which its experts wait for, comes after it. Frames of
-such a store are never reused, so a record needs no second look at the arena's directory.
+copied ahead runs beside them, into slots that nobody reads or fills until the layer's `fetch` has seen the
+copies through. Frames of such a store are never reused, so a record needs no second look at the arena's
+directory.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from gpu_worker.cuda.kernels import prefetch
+from gpu_worker.cuda.kernels import orders, prefetch
 from gpu_worker.cuda.kernels import slots as kernels
-from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory, Misses
+from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory
 from gpu_worker.cuda.transfers import Download, upload
 from gpu_worker.slots.cache import LayerState
 from gpu_worker.slots.counters import CacheCounters, LayerCounters
@@ -43,6 +44,7 @@ class DeviceSlots:
                                     ^                                                             |
                                     +--------------------- another expert's ----------------------+
         FREE or RESIDENT --reserve--> AWAITED --resolve--> RESIDENT if it was chosen, else FREE
+                                      AWAITED --reserve--> FREE if it is no longer predicted, nor begun
 
     Invariant: an expert's slot holds that expert, and no other slot does. Every `resolve` is followed by the
     same layer's `fetch` before anything reads the pool. Nothing is awaited between steps.
@@ -77,12 +79,9 @@ class DeviceSlots:
         # A tensor, so that the kernels need not be compiled for an address.
         self.arena_base = ints(1, dtype=torch.int64)
         self.slot_ids = ints(max_pairs)
-        self.misses = Misses(ints(1), ints(max_pairs), ints(max_pairs))
+        self.orders = orders.no_orders(layers, max_pairs, device)
         self.awaited = Awaited(
-            expert=ints(layers, value=ABSENT),
-            slot=ints(layers),
-            frame=ints(layers, value=ABSENT),
-            stop=ints(layers),
+            expert=ints(layers, orders.AHEAD, value=ABSENT),
             counters=ints(layers, 3, dtype=torch.int64),
         )
         self.ahead = ints(1, value=1)  # 0: nothing is copied ahead
@@ -104,24 +103,29 @@ class DeviceSlots:
 
         The different experts must fit the slots; the host cannot be told here that they did not.
         """
-        arguments = self.policy, self.directory, self.awaited, self.frame_of, self.slot_ids, self.misses
-        kernels.resolve(choices, layer, *arguments)
+        tables = self.policy, self.directory, self.awaited, self.orders, self.frame_of
+        kernels.resolve(choices, layer, *tables, self.slot_ids, self.pool.shape[2])
         return self.slot_ids[: choices.numel()].view(choices.shape)
 
     def fetch(self, layer: int) -> None:
-        """Fill the slots that the last `resolve` gave to misses of `layer`."""
-        kernels.fetch(layer, self.misses, self.arena_base, self.pool)
+        """See that what the last `resolve` of `layer` found, or gave slots to, is there."""
+        orders.copy(range(layer, layer + 1), self.orders, self.arena_base, self.pool, wait=True)
 
-    def reserve(self, layer: int, choices: Tensor) -> None:
-        """`layer` will probably choose these (rows, k): a slot for one that is absent, to `fetch_ahead`.
+    def can_guess(self, pairs: int) -> bool:
+        """Whether steps of so many pairs leave slots for what they may not need."""
+        return prefetch.most_guesses(self.pool.shape[1], pairs) > 0
 
-        To be followed by that and by `resolve` of the layer, in the same step.
+    def reserve(self, first: int, choices: Tensor) -> None:
+        """Layers from `first` on will probably choose these (layers, rows, k): slots for absent ones.
+
+        To be followed by `resolve` and `fetch` of all these layers, in the same step.
         """
-        prefetch.reserve(choices, layer, self.policy, self.directory, self.awaited, self.frame_of, self.ahead)
+        tables = self.policy, self.directory, self.awaited, self.orders, self.frame_of
+        prefetch.reserve(choices, first, *tables, self.ahead, self.pool.shape[2])
 
-    def fetch_ahead(self, layer: int) -> None:
-        """Copy what `reserve` took a slot for, until it is not chosen; to be launched before `fetch`."""
-        prefetch.fetch_ahead(layer, self.awaited, self.arena_base, self.pool)
+    def fetch_ahead(self, layers: range) -> None:
+        """Copy what was ordered for some layers, the first ones first, for as long as it is wanted."""
+        orders.copy(layers, self.orders, self.arena_base, self.pool)
 
     def counters(self) -> CacheCounters:
         """Hits, misses and bytes since the start; waits for the device."""
@@ -174,4 +178,4 @@ class DeviceSlots:
         assert (directory.last_used <= directory.clock[:, None]).all(), "a slot was used in the future"
         assert (self.awaited.expert == ABSENT).all(), "an expert is still awaited"
         assert (directory.uses >= 0).all() and (directory.counters >= 0).all()
-        assert 0 <= int(self.misses.length) <= len(self.misses.frames), "more misses than pairs"
+        assert torch.equal(self.orders.done, self.orders.due), "a copy was left unfinished, or made twice"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.cuda.driver import copy_all
-from gpu_worker.cuda.kernels.slots import Misses, fetch
+from gpu_worker.cuda.kernels.orders import chunks_of, copy, no_orders
 
 _REPEATS = 5
 _LAUNCHES = 500
@@ -48,11 +48,19 @@ def batched_copies(frames: Tensor, pool: Tensor, count: int) -> float:
 
 def kernel_reads(frames: Tensor, pool: Tensor, programs: int) -> float:
     """Bytes a second of the kernel that decode steps fetch with, every record missing."""
-    count, device = frames.shape[0], pool.device
+    (count, stride), device = frames.shape, pool.device
+    orders, base = no_orders(1, count, device), torch.tensor([frames.data_ptr()], device=device)
     places = torch.arange(count, dtype=torch.int32, device=device)
-    misses = Misses(torch.tensor([count], dtype=torch.int32, device=device), places, places)
-    base = torch.tensor([frames.data_ptr()], device=device)
-    return frames.nbytes / seconds(lambda: fetch(0, misses, base, pool[None], programs))
+    for column in (orders.frame, orders.slot):
+        column[0, -count:] = places
+    orders.due[0, -count:] = chunks_of(stride)
+
+    def fetch() -> None:
+        for column in (orders.claimed, orders.done):
+            column[0, -count:] = 0
+        copy(range(1), orders, base, pool[None], wait=True, programs=programs)
+
+    return frames.nbytes / seconds(fetch)
 
 
 def device_copies(size: int, device: torch.device) -> float:

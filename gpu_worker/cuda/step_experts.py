@@ -18,11 +18,13 @@ from common.record import RecordLayout, RecordLayouts
 from gpu_worker.cuda.branch import Branch
 from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.kernels.expert_products import ExpertProducts
-from gpu_worker.cuda.kernels.router import router, usable
+from gpu_worker.cuda.kernels.router import routers, usable
 from gpu_worker.cuda.linear import Activations, squared_relu
 from gpu_worker.model.weights import RouterWeights
 
 Kernels = TypeVar("Kernels")
+
+DEPTH = 3  # layers that are guessed for
 
 
 class StepExperts(Protocol):
@@ -60,9 +62,9 @@ def _wanted(x: Activations, projection: ExpertProducts) -> Tensor:
 class SlotSteps:
     """Implements `StepExperts` without the host: the device looks up, fetches, fetches ahead and computes.
 
-    Two branches run beside the step: all copies, in the order in which layers need them, and the guesses of
-    what to copy ahead. The residual stream changes little from block to block, so the next layer's router
-    mostly chooses from this layer's input what it will choose from its own.
+    Two branches run beside the step: guesses of what the next layers will choose, and the copies of those.
+    The residual stream changes little from block to block, so a later layer's router mostly chooses from this
+    layer's input what it will choose from its own; every layer on the way guesses again, and better.
     """
 
     def __init__(
@@ -75,38 +77,52 @@ class SlotSteps:
     ) -> None:
         """`gates`: the routers of all layers; `ahead`: whether to copy ahead at all."""
         self._kernels, self._cache, self._config = kernels_of(layouts, SlotKernels), cache, config
-        self._gates = gates if ahead and usable(config) else ()
-        self._copies, self._guesses = (Branch(cache.pool.device) for _ in range(2))
+        self._gates = _stacked(gates) if ahead and usable(config) and len(gates) > 1 else None
+        self._copies, self._guesses = (Branch(cache.pool.device, first=True) for _ in range(2))
 
     def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
         pool, k = self._cache.pool[layer], choices.shape[1]
         if self._cache.holds_all:
             return self._kernels[layer](x, pool, choices.view(-1), k)
-        guessed = layer + 1 < len(self._gates)
-        if guessed:
+        later = self._guessed(layer, choices.numel())
+        if later:
             with self._guesses.beside():
-                self._cache.reserve(layer + 1, self._predicted(layer + 1, x, choices))
-        slot_ids = self._cache.resolve(layer, choices)
-        with self._copies.beside():
-            self._cache.fetch(layer)
-        self._copies.join()
-        if guessed:
+                self._cache.reserve(later[0], self._predicted(later, x, choices))
             self._copies.after(self._guesses)
-            with self._copies.beside():
-                self._cache.fetch_ahead(layer + 1)
+            with self._copies.beside():  # with this layer's, which it helps to fetch
+                self._cache.fetch_ahead(range(layer, later.stop))
+        slot_ids = self._cache.resolve(layer, choices)
+        self._cache.fetch(layer)
         products = self._kernels[layer](x, pool, slot_ids.view(-1), k)
-        if guessed:
+        if later:
             # Before x is given up, which the guess reads, and before the next layer is resolved.
             self._guesses.join()
+        elif self._guessed(layer - 1, choices.numel()):  # the last layer
+            self._copies.join()
         return products
 
-    def _predicted(self, layer: int, x: Activations, like: Tensor) -> Tensor:
-        """What the router of `layer` makes of an earlier layer's input."""
-        assert x.plain is not None
-        choices, weights = torch.empty_like(like), torch.empty_like(like, dtype=torch.float32)
-        gate = self._gates[layer]
-        router(x.plain, gate.weight, gate.e_score_correction_bias, self._config, choices, weights)
+    def _guessed(self, layer: int, pairs: int) -> range:
+        """The layers whose choices are guessed from what this one reads, in a step of so many pairs."""
+        if self._gates is None or layer < 0 or not self._cache.can_guess(pairs):
+            return range(0)
+        return range(layer + 1, min(layer + 1 + DEPTH, len(self._kernels)))
+
+    def _predicted(self, layers: range, x: Activations, like: Tensor) -> Tensor:
+        """What the routers of some layers make of an earlier layer's input."""
+        assert x.plain is not None and self._gates is not None
+        weight, bias = (gate[layers.start : layers.stop] for gate in self._gates)
+        choices = like.new_empty(len(layers), *like.shape)
+        routers(x.plain, weight, bias, self._config, choices, torch.empty_like(choices, dtype=torch.float32))
         return choices
+
+
+def _stacked(gates: Sequence[RouterWeights]) -> tuple[Tensor, Tensor]:
+    """Weights (layers, experts, hidden) and biases (layers, experts), of which `gates` become parts."""
+    weight = torch.stack([gate.weight for gate in gates])
+    bias = torch.stack([gate.e_score_correction_bias for gate in gates])
+    for gate, its_weight, its_bias in zip(gates, weight, bias, strict=True):
+        gate.weight.data, gate.e_score_correction_bias.data = its_weight, its_bias
+    return weight, bias
 
 
 def kernels_of(layouts: RecordLayouts, make: Callable[[RecordLayout], Kernels]) -> list[Kernels]:

@@ -1,164 +1,165 @@
-"""Copying ahead: one expert a layer, which the next step of the layer will probably choose.
+"""Copying ahead: what the next steps of a few layers will probably choose.
 
-`reserve` takes a slot for the first of the predicted experts that is absent, as the policy would at a miss,
-and `fetch_ahead` copies the record there until it is told to stop: by `slots.resolve`, once the layer's
-choice is known and the expert is not in it. So a wrong guess moves bytes only while nobody else wants the
-link, and costs a slot that the next miss would have taken. Not done here: predicting, and what becomes of an
-expert that is chosen (`slots.resolve`).
+`reserve` takes slots for predicted experts that are absent, as the policy would at a miss, and orders their
+copies. It is asked again at every layer on the way: a guess that a later prediction does not bear out is
+given up if nobody has begun to copy it. `slots.resolve` settles the rest, once the layer's choice is known.
+So a wrong guess moves bytes only while nobody else wants the link, and costs a slot that the next miss would
+have taken. Not done here: predicting, copying (`orders`).
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
+from gpu_worker.cuda.kernels.orders import AHEAD, GIVEN_UP, Orders, chunks_of, order_copies
+from gpu_worker.cuda.kernels.overlap import wait_for_inputs
 from gpu_worker.cuda.kernels.slots import (
     ABSENT,
-    PROGRAMS,
     Awaited,
     Directory,
-    copy_record,
+    among,
     deciding,
+    first_of_equals,
     slots_to_fill,
     turns,
     worth,
 )
 
-_BLOCK = tl.constexpr(4096)  # int32 words that a program copies before it looks whether to stop
+
+def most_guesses(slots: int, pairs: int) -> int:
+    """How many guesses a layer may have, so that a step of so many pairs fits beside the wrong ones."""
+    return max(0, min(AHEAD, slots - pairs))
 
 
 def reserve_plain(
     choices: Tensor,
-    layer: int,
+    first: int,
     policy: str,
     directory: Directory,
     awaited: Awaited,
+    orders: Orders,
     frame_of: Tensor,
     enabled: Tensor,
+    stride: int,
 ) -> None:
-    """Await the first absent expert of choices (rows, k) int64, best first, if there is a slot for it.
+    """Await absent experts of choices (layers, rows, k) int64, best first, in layers `first` and following.
 
-    Slots of the other predicted experts stay. frame_of (layers, experts) int32; nothing is awaited where
-    enabled (1,) int32 is 0.
+    At most `most_guesses` a layer, those of earlier calls included. Slots of predicted experts stay. frame_of
+    (layers, experts) int32; nothing new is awaited where enabled (1,) int32 is 0, not 1.
     """
-    predicted = choices.flatten().tolist()
-    slot_of, expert_of = directory.slot_of[layer], directory.expert_of[layer]
-    awaited.expert[layer] = awaited.frame[layer] = ABSENT
-    awaited.stop[layer] = 0
-    absent = [expert for expert in predicted if slot_of[expert] == ABSENT]
-    if not absent or not int(enabled):
-        return
-    kept = {int(slot_of[expert]) for expert in predicted} - {ABSENT}
-    for slot in slots_to_fill(layer, policy, directory, int(directory.clock[layer]) + 1, kept, 1):
-        if expert_of[slot] != ABSENT:
-            slot_of[expert_of[slot]] = ABSENT
-        expert_of[slot], directory.uses[layer, slot] = ABSENT, 0
-        awaited.expert[layer], awaited.slot[layer] = absent[0], slot
-        awaited.frame[layer] = frame_of[layer, absent[0]]
-        awaited.counters[layer, 0] += 1
+    for layer, of_layer in enumerate(choices, first):
+        predicted = list(dict.fromkeys(of_layer.flatten().tolist()))
+        slot_of, expert_of = directory.slot_of[layer], directory.expert_of[layer]
+        _give_up(layer, awaited, orders, predicted)
+        kept = {int(slot_of[expert]) for expert in predicted} - {ABSENT}
+        guesses = awaited.expert[layer].tolist()
+        kept |= {int(orders.slot[layer, order]) for order, expert in enumerate(guesses) if expert != ABSENT}
+        limit = most_guesses(len(expert_of), of_layer.numel())
+        open_orders = [order for order in range(limit) if guesses[order] == ABSENT]
+        wanted = [expert for expert in predicted if slot_of[expert] == ABSENT and expert not in guesses]
+        count = min(len(wanted), len(open_orders)) * int(enabled)
+        slots = slots_to_fill(layer, policy, directory, int(directory.clock[layer]) + 1, kept, count)
+        for order, expert, slot in zip(open_orders, wanted, slots, strict=False):
+            if expert_of[slot] != ABSENT:
+                slot_of[expert_of[slot]] = ABSENT
+            expert_of[slot], directory.uses[layer, slot] = ABSENT, 0
+            awaited.expert[layer, order] = expert
+            awaited.counters[layer, 0] += 1
+            orders.frame[layer, order], orders.slot[layer, order] = frame_of[layer, expert], slot
+            orders.due[layer, order] = chunks_of(stride)
+            orders.claimed[layer, order] = orders.done[layer, order] = 0
+
+
+def _give_up(layer: int, awaited: Awaited, orders: Orders, predicted: list[int]) -> None:
+    for order, expert in enumerate(awaited.expert[layer].tolist()):
+        if expert != ABSENT and expert not in predicted and orders.claimed[layer, order] == 0:
+            orders.claimed[layer, order], orders.due[layer, order] = GIVEN_UP.value, 0
+            awaited.expert[layer, order] = ABSENT
+            awaited.counters[layer, 0] -= 1
 
 
 def reserve(
     choices: Tensor,
-    layer: int,
+    first: int,
     policy: str,
     directory: Directory,
     awaited: Awaited,
+    orders: Orders,
     frame_of: Tensor,
     enabled: Tensor,
+    stride: int,
 ) -> None:
-    """As `reserve_plain`, in one program; 128 pairs at most."""
-    arguments = (choices, layer, *directory[:5], *awaited, frame_of, enabled)
-    _reserve_kernel[(1,)](*arguments, **deciding(choices, directory, policy))
-
-
-def fetch_ahead_plain(
-    layer: int, awaited: Awaited, arena_base: Tensor, pool: Tensor, blocks: int = PROGRAMS
-) -> None:
-    """Copy the awaited record of a layer to its slot, unless it was given up; see `slots.fetch_plain`."""
-    frame, slot = int(awaited.frame[layer]), int(awaited.slot[layer])
-    if frame != ABSENT and not int(awaited.stop[layer]):
-        copy_record(arena_base, frame, pool[layer, slot])
-        awaited.counters[layer, 2] += pool.shape[2]
-
-
-def fetch_ahead(
-    layer: int, awaited: Awaited, arena_base: Tensor, pool: Tensor, blocks: int = PROGRAMS
-) -> None:
-    """As `fetch_ahead_plain`; looks again and again whether to go on."""
-    _, slots, stride = pool.shape
-    _fetch_ahead_kernel[(blocks,)](
-        layer, *awaited[1:], arena_base, pool.view(torch.int32),
-        SLOTS=slots, WORDS=stride // 4, PROGRAMS=blocks, num_warps=8, **overlapping(),
+    """As `reserve_plain`, a layer a program; 128 pairs a layer at most."""
+    pairs = choices[0].numel()
+    _reserve_kernel[(len(choices),)](
+        choices, first, *directory[:5], *awaited, *orders, frame_of, enabled,
+        MOST=most_guesses(directory.expert_of.shape[1], pairs),
+        **deciding(pairs, directory, orders, policy, stride),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["first"])
 def _reserve_kernel(
-    choices, layer, slot_of, expert_of, last_used, uses, clock,
-    awaited_expert, awaited_slot, awaited_frame, awaited_stop, counters, frame_of, enabled,
+    choices, first, slot_of, expert_of, last_used, uses, clock,
+    awaited_expert, counters, order_frame, order_slot, claimed, done, due, frame_of, enabled,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr, PADDED_SLOTS: tl.constexpr,
-    PADDED_PAIRS: tl.constexpr, FREQUENCY: tl.constexpr, OVERLAP: tl.constexpr,
+    PADDED_PAIRS: tl.constexpr, ORDERS: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr,
+    MOST: tl.constexpr, CHUNKS: tl.constexpr, FREQUENCY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
-    pair, slot = tl.arange(0, PADDED_PAIRS), tl.arange(0, PADDED_SLOTS)
+    pair, slot, guess = tl.arange(0, PADDED_PAIRS), tl.arange(0, PADDED_SLOTS), tl.arange(0, LANES)
     chosen, exists = pair < PAIRS, slot < SLOTS
+    choices += tl.program_id(0) * PAIRS
+    layer = first + tl.program_id(0)
     slot_of += layer * EXPERTS
     expert_of += layer * SLOTS
     uses += layer * SLOTS
     counters += layer * 3
+    awaited_expert += layer * AHEAD + guess
+    order = layer * ORDERS + guess
 
     expert = tl.load(choices + pair, mask=chosen, other=EXPERTS).to(tl.int32)
-    place = tl.load(slot_of + expert, mask=chosen, other=0)
+    place = tl.load(slot_of + expert, mask=chosen, other=-1)
     resident = tl.load(expert_of + slot, mask=exists, other=-1)
     recency = tl.load(last_used + layer * SLOTS + slot, mask=exists, other=0)
     frequency = tl.load(uses + slot, mask=exists, other=0)
     now = tl.load(clock + layer) + 1
-    made_before, on = tl.load(counters), tl.load(enabled)
+    on = tl.load(enabled)
+    awaited = tl.load(awaited_expert, mask=guess < AHEAD, other=-1)
 
-    first = tl.min(tl.where(chosen & (place < 0), pair, PADDED_PAIRS), 0)
-    wanted = tl.sum(tl.where(pair == first, expert, 0), 0)
-    frame = tl.load(frame_of + layer * EXPERTS + wanted)
-    kept = tl.sum((chosen[:, None] & (place[:, None] == slot[None, :])).to(tl.int32), 0) > 0
-    may_go = exists & ~kept
-    numerator, denominator = worth(recency, frequency, now, resident < 0, FREQUENCY)
-    turn = turns(may_go, numerator, denominator, slot)
-    # There is no turn SLOTS: where nothing is wanted, no slot is taken.
-    taken = may_go & (turn == tl.where((first < PADDED_PAIRS) & (on != 0), 0, SLOTS))
-    its_slot = tl.max(tl.where(taken, slot, -1), 0)
+    same = expert[:, None] == awaited[None, :]
+    doubtful = (awaited >= 0) & (tl.max(same.to(tl.int32), 0) == 0)
+    # Exchanges know no mask, but there is no claim of -1 chunks: only doubtful guesses are exchanged, if
+    # nobody has begun to copy them. Lanes beyond AHEAD look at the first order of all.
+    known = tl.where(guess < AHEAD, order, 0)
+    begun = tl.atomic_cas(claimed + known, tl.where(doubtful, 0, -1), tl.full([LANES], GIVEN_UP, tl.int32))
+    dropped = doubtful & (begun == 0)
+    awaited = tl.where(dropped, -1, awaited)
+    its_slot = tl.load(order_slot + order, mask=awaited >= 0, other=-1)
+
+    coming = tl.max((same & (awaited >= 0)[None, :]).to(tl.int32), 1) > 0
+    wanted = first_of_equals(expert, chosen, pair) & (place < 0) & ~coming
+    turn_wanted = tl.sum((wanted[None, :] & (pair[None, :] < pair[:, None])).to(tl.int32), 1)
+    free = (awaited < 0) & (guess < MOST * on)
+    turn_free = tl.sum((free[None, :] & (guess[None, :] < guess[:, None])).to(tl.int32), 1)
+    may_go = exists & ~among(place, slot) & ~among(its_slot, slot)
+    turn = turns(may_go, *worth(recency, frequency, now, resident < 0, FREQUENCY), slot)
+    its_expert = tl.max(
+        tl.where(wanted[None, :] & (turn_wanted[None, :] == turn_free[:, None]), expert[None, :], -1), 1
+    )
+    new_slot = tl.max(tl.where(may_go[None, :] & (turn[None, :] == turn_free[:, None]), slot[None, :], -1), 1)
+    made = free & (its_expert >= 0) & (new_slot >= 0)
+    frame = tl.load(frame_of + layer * EXPERTS + its_expert, mask=made, other=0)
+    taken = may_go & (turn < tl.sum(made.to(tl.int32), 0))
 
     # Threads store what others have loaded above: no store may overtake a load.
     tl.debug_barrier()
     tl.store(slot_of + resident, -1, mask=taken & (resident >= 0))
     tl.store(expert_of + slot, -1, mask=taken)
     tl.store(uses + slot, 0, mask=taken)
-    tl.store(awaited_expert + layer, tl.where(its_slot >= 0, wanted, -1))
-    tl.store(awaited_slot + layer, its_slot, mask=its_slot >= 0)
-    tl.store(awaited_frame + layer, tl.where(its_slot >= 0, frame, -1))
-    tl.store(awaited_stop + layer, 0)
-    tl.store(counters, made_before + 1, mask=its_slot >= 0)
-
-
-@triton.jit(do_not_specialize=["layer"])
-def _fetch_ahead_kernel(
-    layer, awaited_slot, awaited_frame, stop, counters, arena_base, pool,
-    SLOTS: tl.constexpr, WORDS: tl.constexpr, PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    wait_for_inputs(OVERLAP)
-    frame, slot = tl.load(awaited_frame + layer).to(tl.int64), tl.load(awaited_slot + layer).to(tl.int64)
-    if frame >= 0:
-        address = tl.load(arena_base) + frame * (WORDS * 4)
-        source = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)  # as in `slots._fetch_kernel`
-        target = pool + (layer.to(tl.int64) * SLOTS + slot) * WORDS
-        start = tl.program_id(0) * _BLOCK
-        copied = tl.zeros([], tl.int64)
-        while (start < WORDS) & (tl.load(stop + layer, volatile=True) == 0):
-            word = start + tl.arange(0, _BLOCK)
-            inside = word < WORDS
-            tl.store(target + word, tl.load(source + word, mask=inside), mask=inside)
-            copied += tl.minimum(_BLOCK, WORDS - start) * 4
-            start += PROGRAMS * _BLOCK
-        tl.atomic_add(counters + layer * 3 + 2, copied)
+    tl.store(awaited_expert, tl.where(made, its_expert, awaited), mask=guess < AHEAD)
+    tl.atomic_add(counters, tl.sum(made.to(tl.int64) - dropped.to(tl.int64), 0))
+    tl.store(due + order, 0, mask=dropped)
+    order_copies(order_frame, order_slot, claimed, done, due, order, frame, new_slot, made, made, CHUNKS)

@@ -56,16 +56,28 @@ def router(
 
     Choices are k different experts even where scores are no numbers, so that nothing is read out of bounds.
     """
-    (rows, hidden), experts = x.shape, weight.shape[0]
-    logits = x.new_empty(rows, experts, dtype=torch.float32)
-    _logits_kernel[(experts, rows)](
+    routers(x, weight[None], e_score_correction_bias[None], config, choices[None], weights[None])
+
+
+def routers(
+    x: Tensor,
+    weight: Tensor,
+    e_score_correction_bias: Tensor,
+    config: ModelConfig,
+    choices: Tensor,
+    weights: Tensor,
+) -> None:
+    """As `router`, several at once: all but x have their number as the first dimension."""
+    (rows, hidden), (count, experts, _) = x.shape, weight.shape
+    logits = x.new_empty(rows, count * experts, dtype=torch.float32)
+    _logits_kernel[(count * experts, rows)](
         x, weight, logits,
-        STRIDE=x.stride(0), HIDDEN=hidden, EXPERTS=experts,
+        STRIDE=x.stride(0), HIDDEN=hidden, EXPERTS=count * experts,
         COLUMNS=min(_COLUMNS, triton.next_power_of_2(hidden)), num_warps=8, **overlapping(),
     )  # fmt: skip
-    _choice_kernel[(rows,)](
+    _choice_kernel[(rows, count)](
         logits, e_score_correction_bias, choices, weights,
-        EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), OTHERS=_OTHERS, TOP_K=choices.shape[1],
+        EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), OTHERS=_OTHERS, TOP_K=choices.shape[2],
         NORMALISED=config.norm_topk_prob, SCALING=config.routed_scaling_factor,
         **overlapping(),
     )  # fmt: skip
@@ -105,19 +117,22 @@ def _choice_kernel(
     NORMALISED: tl.constexpr, SCALING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
-    row = tl.program_id(0)
+    row, rows, router = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    logits += (row * tl.num_programs(1) + router) * EXPERTS
+    bias += router * EXPERTS
+    first = (router * rows + row) * TOP_K
     expert = tl.arange(0, WIDTH)
-    score, for_choice = _scored(logits + row * EXPERTS, bias, expert, EXPERTS)
+    score, for_choice = _scored(logits, bias, expert, EXPERTS)
     mine = for_choice[:, None]
     rank = tl.zeros([WIDTH], tl.int32)
     for start in tl.static_range(0, EXPERTS, OTHERS):
         other = start + tl.arange(0, OTHERS)
-        _, of_others = _scored(logits + row * EXPERTS, bias, other, EXPERTS)
+        _, of_others = _scored(logits, bias, other, EXPERTS)
         theirs, earlier = of_others[None, :], other[None, :] < expert[:, None]
         ahead = (theirs > mine) | ((theirs == mine) & earlier)
         rank += tl.sum(ahead.to(tl.int32), 1)
     chosen = rank < TOP_K
     if NORMALISED:
         score = score / (tl.sum(tl.where(chosen, score, 0.0), 0) + 1e-20)
-    tl.store(choices + row * TOP_K + rank, expert.to(tl.int64), mask=chosen)
-    tl.store(weights + row * TOP_K + rank, score * SCALING, mask=chosen)
+    tl.store(choices + first + rank, expert.to(tl.int64), mask=chosen)
+    tl.store(weights + first + rank, score * SCALING, mask=chosen)

@@ -1,6 +1,7 @@
 """The slot cache on the device takes the host's decisions, hit for hit and slot for slot."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -54,7 +55,22 @@ def arena_of(layers: int, device: torch.device, seed: int = 0) -> tuple[torch.Te
 
 
 def device_slots(layers: int, slots: int, policy: str, device: torch.device) -> DeviceSlots:
-    return DeviceSlots(layers, EXPERTS, slots, STRIDE, policy, 4 * RANKS, device)
+    """Attached to a frame that all experts share."""
+    made = DeviceSlots(layers, EXPERTS, slots, STRIDE, policy, 4 * RANKS, device)
+    made.attach(shared_frame(device).data_ptr(), torch.zeros(layers, EXPERTS))
+    return made
+
+
+@cache
+def shared_frame(device: torch.device) -> torch.Tensor:
+    return torch.zeros(STRIDE, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def places_of(slots: DeviceSlots, layer: int, choices: torch.Tensor) -> list[list[int]]:
+    """Resolves and fetches."""
+    places = slots.resolve(layer, choices.to(slots.pool.device)).tolist()
+    slots.fetch(layer)
+    return places
 
 
 def trace(layers: int, slots: int, seed: int, steps: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -92,7 +108,7 @@ def test_decisions_are_the_hosts(
     counted = here.counters()
     for layer, choices in trace(layers, slots, seed, steps=14):
         before = counted
-        assert here.resolve(layer, choices.to(device)).tolist() == host.resolve(layer, choices)
+        assert places_of(here, layer, choices) == host.resolve(layer, choices)
         assert here.snapshot() == host.snapshot()
         counted = here.counters()
         assert (counted.hits, counted.misses) == (host.hits, host.misses)
@@ -107,8 +123,7 @@ def test_slots_hold_the_records_of_their_experts(device: torch.device) -> None:
     arena, frame_of = arena_of(2, device)
     here.attach(arena.data_ptr(), frame_of)
     for layer, choices in trace(2, 10, seed=3, steps=20):
-        here.resolve(layer, choices.to(device))
-        here.fetch(layer)
+        places_of(here, layer, choices)
         check_records(here)
     assert here.counters().misses > 2 * 10, "nothing was evicted"
 
@@ -162,14 +177,14 @@ def test_going_on_from_the_host(device: torch.device, policy: str) -> None:
             restore(here, before.snapshot())
         places = host.resolve(layer, choices)
         if step >= 8:
-            assert here.resolve(layer, choices.to(device)).tolist() == places
+            assert places_of(here, layer, choices) == places
             here.check_integrity()
     assert here.snapshot() == host.snapshot()
 
 
 def test_settling_fills_free_slots_and_ages_with_the_last_step(device: torch.device) -> None:
     here = device_slots(2, 10, "lru", device)
-    here.resolve(1, torch.tensor([[3, 9, 4, 5, 8, 7]], device=device))
+    places_of(here, 1, torch.tensor([[3, 9, 4, 5, 8, 7]]))
     before = here.snapshot()
     here.settle(1, {20: 8, 30: 6})
     here.check_integrity()
@@ -177,7 +192,7 @@ def test_settling_fills_free_slots_and_ages_with_the_last_step(device: torch.dev
     assert after[0] == before[0]
     assert after[1].experts == [*before[1].experts[:6], 30, ABSENT, 20, ABSENT]
     assert (after[1].usage[8], after[1].usage[6]) == (Usage(1, 1), Usage(1, 1))
-    assert here.resolve(1, torch.tensor([[20, 30]], device=device)).tolist() == [[8, 6]]
+    assert places_of(here, 1, torch.tensor([[20, 30]])) == [[8, 6]]
 
 
 @pytest.mark.gpu
@@ -208,7 +223,7 @@ def test_a_captured_step(device: torch.device) -> None:
 @pytest.mark.parametrize("table", ["slot_of", "expert_of", "last_used"])
 def test_a_damaged_directory_is_noticed(device: torch.device, table: str) -> None:
     here = device_slots(1, RANKS, "lru", device)
-    here.resolve(0, torch.arange(RANKS, device=device)[None])
+    places_of(here, 0, torch.arange(RANKS)[None])
     here.check_integrity()
     getattr(here.directory, table)[0, 3] += 2
     with pytest.raises(AssertionError):

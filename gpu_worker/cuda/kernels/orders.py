@@ -1,0 +1,151 @@
+"""Orders to copy records from the arena to slots, and the kernel that works them off.
+
+`slots.resolve` orders what a step lacks, `prefetch.reserve` what later layers will probably lack. Whoever
+copies claims a chunk of the first order that has one left, of the nearest layer first: so several launches of
+the kernel work side by side, and what is copied ahead gives way within a chunk to what is needed now. Chunks
+are counted when they are claimed and again when they lie in the slot. A launch that waits, waits only for
+chunks that running programs have claimed, so it cannot wait in vain. Not done here: deciding what to copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
+from gpu_worker.cuda.kernels.packed_words import INTERPRETED
+
+# Of a launch: more were not faster on an H100, and these leave most multiprocessors alone.
+PROGRAMS = 2 if INTERPRETED else 16
+CHUNK = 1024 if INTERPRETED else 8192  # int32 words: at 50 GB/s, 16 programs give way within 10 us
+_WARPS = 8
+AHEAD = 4  # the first orders of a layer are guesses; a power of 2
+GIVEN_UP = tl.constexpr(1 << 20)  # added to what is claimed, so that nothing is any more
+
+
+class Orders(NamedTuple):
+    """Copies to the slots of each layer, AHEAD guesses and then misses: (layers, orders) int32.
+
+    An order is done when `done` is `due`. One that was given up is due as far as it had been claimed: its
+    slot may be written to until then.
+    """
+
+    frame: Tensor  # where the record is in the arena
+    slot: Tensor  # where it goes
+    claimed: Tensor  # chunks, or more than there are; written last, for copying begins at once
+    done: Tensor  # chunks
+    due: Tensor  # chunks
+
+
+def no_orders(layers: int, misses: int, device: torch.device) -> Orders:
+    """Room for AHEAD guesses and so many misses in each layer."""
+    frame, slot, claimed, done, due = torch.zeros(
+        5, layers, AHEAD + misses, dtype=torch.int32, device=device
+    ).unbind()
+    return Orders(frame, slot, claimed.fill_(GIVEN_UP.value), done, due)
+
+
+def chunks_of(stride: int) -> int:
+    """In how many chunks a record is copied."""
+    return -(-stride // (4 * CHUNK))
+
+
+def copy_plain(layers: range, orders: Orders, arena_base: Tensor, pool: Tensor, wait: bool = False) -> None:
+    """Copy what is ordered for `layers` to pool (layers, slots, stride) uint8.
+
+    arena_base (1,) int64 is the device's address of frame 0; frames lie a stride apart, a multiple of 4096.
+    (The twin reads by the same address on the host, which is what unified addressing makes of it.) With
+    `wait` all of it is there when the launch has ended, whoever copied it.
+    """
+    stride = pool.shape[2]
+    for layer in layers:
+        for order in range(orders.claimed.shape[1]):
+            if orders.claimed[layer, order] < chunks_of(stride):
+                address = int(arena_base) + int(orders.frame[layer, order]) * stride
+                record = torch.frombuffer((ctypes.c_uint8 * stride).from_address(address), dtype=torch.uint8)
+                pool[layer, orders.slot[layer, order]].copy_(record)
+                orders.claimed[layer, order] = orders.done[layer, order] = chunks_of(stride)
+
+
+def copy(
+    layers: range,
+    orders: Orders,
+    arena_base: Tensor,
+    pool: Tensor,
+    wait: bool = False,
+    programs: int = PROGRAMS,
+) -> None:
+    """As `copy_plain`."""
+    (_, slots, stride), count = pool.shape, orders.claimed.shape[1]
+    _copy_kernel[(programs,)](
+        layers[0], *orders, arena_base, pool.view(torch.int32),
+        LAYERS=len(layers), ORDERS=count, LANES=lanes(len(layers) * count, _WARPS), SLOTS=slots,
+        WORDS=stride // 4, CHUNK=CHUNK, WAIT=wait, num_warps=_WARPS, **overlapping(),
+    )  # fmt: skip
+
+
+def lanes(count: int, warps: int) -> int:
+    """For a kernel that looks at `count` things which others change meanwhile: at least a lane a thread.
+
+    With fewer, several threads would each look for themselves, and find different things.
+    """
+    return max(32 * warps, triton.next_power_of_2(count))
+
+
+@triton.jit
+def order_copies(
+    frame, slot, claimed, done, due, order, from_frame, to_slot, which, once, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """Order copies, for `which` of the lanes; `once`: those of them that are alone with their order."""
+    tl.store(frame + order, from_frame, mask=which)
+    tl.store(slot + order, to_slot, mask=which)
+    tl.store(done + order, 0, mask=which)
+    tl.store(due + order, CHUNKS, mask=which)
+    tl.debug_barrier()  # copying begins as soon as there is something to claim
+    # A second time, and chunks that were claimed since would be claimed again.
+    tl.atomic_xchg(claimed + order, 0, mask=once, sem="release")
+
+
+@triton.jit
+def _first_open(claimed, order, exists, CHUNKS: tl.constexpr, NONE: tl.constexpr):
+    """The first of the orders that has chunks nobody has claimed; NONE: there is none."""
+    so_far = tl.load(claimed + order, mask=exists, other=CHUNKS, volatile=True)
+    return tl.min(tl.where(so_far < CHUNKS, order, NONE), 0)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _copy_kernel(
+    first, frame, slot, claimed, done, due, arena_base, pool,
+    LAYERS: tl.constexpr, ORDERS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr, WAIT: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(OVERLAP)
+    CHUNKS: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
+    NONE: tl.constexpr = 1 << 30
+    order, base = first * ORDERS + tl.arange(0, LANES), tl.load(arena_base)
+    exists = order < (first + LAYERS) * ORDERS
+    mine = _first_open(claimed, order, exists, CHUNKS, NONE)
+    while mine < NONE:
+        chunk = tl.atomic_add(claimed + mine, 1)
+        if chunk < CHUNKS:
+            address = base + tl.load(frame + mine).to(tl.int64) * (WORDS * 4)
+            # The compiler cannot know how an address from memory is aligned; it must, to load 16 bytes.
+            source = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+            place = (mine // ORDERS).to(tl.int64) * SLOTS + tl.load(slot + mine)
+            word = chunk * CHUNK + tl.arange(0, CHUNK)
+            inside = word < WORDS
+            tl.store(pool + place * WORDS + word, tl.load(source + word, mask=inside), mask=inside)
+            tl.debug_barrier()  # one thread tells for all
+            tl.atomic_add(done + mine, 1, sem="release")
+        mine = _first_open(claimed, order, exists, CHUNKS, NONE)
+    if WAIT and tl.program_id(0) == 0:
+        wanted = tl.load(due + order, mask=exists, other=0)
+        lacking = 1
+        while lacking > 0:
+            copied = tl.atomic_add(done + order, 0, mask=exists, sem="acquire")
+            lacking = tl.max((exists & (copied < wanted)).to(tl.int32), 0)
