@@ -131,16 +131,19 @@ def _reserve_kernel(
 
     same = expert[:, None] == awaited[None, :]
     doubtful = (awaited >= 0) & (tl.max(same.to(tl.int32), 0) == 0)
+    coming = tl.max(same.to(tl.int32), 1) > 0
+    wanted = first_of_equals(expert, chosen, pair) & (place < 0) & ~coming
+    if tl.max(doubtful.to(tl.int32), 0) + tl.max(wanted.to(tl.int32), 0) == 0:
+        return
     # Exchanges know no mask, but there is no claim of -1 chunks: only doubtful guesses are exchanged, if
     # nobody has begun to copy them. Lanes beyond AHEAD look at the first order of all.
     known = tl.where(guess < AHEAD, order, 0)
-    begun = tl.atomic_cas(claimed + known, tl.where(doubtful, 0, -1), tl.full([LANES], GIVEN_UP, tl.int32))
+    there, then = tl.where(doubtful, 0, -1), tl.full([LANES], GIVEN_UP, tl.int32)
+    begun = tl.atomic_cas(claimed + known, there, then, sem="relaxed")
     dropped = doubtful & (begun == 0)
     awaited = tl.where(dropped, -1, awaited)
     its_slot = tl.load(order_slot + order, mask=awaited >= 0, other=-1)
 
-    coming = tl.max((same & (awaited >= 0)[None, :]).to(tl.int32), 1) > 0
-    wanted = first_of_equals(expert, chosen, pair) & (place < 0) & ~coming
     turn_wanted = tl.sum((wanted[None, :] & (pair[None, :] < pair[:, None])).to(tl.int32), 1)
     free = (awaited < 0) & (guess < MOST * on)
     turn_free = tl.sum((free[None, :] & (guess[None, :] < guess[:, None])).to(tl.int32), 1)
@@ -160,6 +163,7 @@ def _reserve_kernel(
     tl.store(expert_of + slot, -1, mask=taken)
     tl.store(uses + slot, 0, mask=taken)
     tl.store(awaited_expert, tl.where(made, its_expert, awaited), mask=guess < AHEAD)
-    tl.atomic_add(counters, tl.sum(made.to(tl.int64) - dropped.to(tl.int64), 0))
+    kept_up = tl.sum(made.to(tl.int64) - dropped.to(tl.int64), 0)
+    tl.atomic_add(counters, kept_up, sem="relaxed")
     tl.store(due + order, 0, mask=dropped)
     order_copies(order_frame, order_slot, claimed, done, due, order, frame, new_slot, made, made, CHUNKS)

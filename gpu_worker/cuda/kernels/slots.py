@@ -197,17 +197,28 @@ def among(which, slot):
 
 
 @triton.jit
+def _empty(which, slot, resident, now, slot_of, last_used, uses):
+    """Slots for what is missing: what they held is absent from now on."""
+    tl.store(last_used + slot, now, mask=which)
+    tl.store(uses + slot, 1, mask=which)
+    tl.store(slot_of + resident, -1, mask=which & (resident >= 0))
+
+
+@triton.jit
 def _settle_guesses(
     guess, expert, right, awaited, counters, claimed, due, CHUNKS: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
     """Nothing is awaited any more: give up the orders of wrong guesses, count what all brought and cost."""
     wrong = (expert >= 0) & ~right
     tl.store(awaited + guess, -1, mask=expert >= 0)
-    begun = tl.minimum(tl.atomic_add(claimed + guess, GIVEN_UP, mask=wrong), CHUNKS)
-    tl.store(due + guess, begun, mask=wrong)
-    copied = tl.where(right, CHUNKS, tl.where(wrong, begun, 0)).to(tl.int64) * STRIDE // CHUNKS
-    tl.atomic_add(counters + 1, tl.sum(right.to(tl.int64), 0))
-    tl.atomic_add(counters + 2, tl.sum(copied, 0))
+    chosen = tl.sum(right.to(tl.int64), 0)
+    tl.atomic_add(counters + 1, chosen, sem="relaxed")
+    tl.atomic_add(counters + 2, chosen * STRIDE, sem="relaxed")
+    if tl.max(wrong.to(tl.int32), 0) > 0:  # seldom, and it takes a while
+        begun = tl.minimum(tl.atomic_add(claimed + guess, GIVEN_UP, mask=wrong, sem="relaxed"), CHUNKS)
+        tl.store(due + guess, begun, mask=wrong)
+        copied = tl.sum(tl.where(wrong, begun, 0).to(tl.int64) * STRIDE // CHUNKS, 0)
+        tl.atomic_add(counters + 2, copied, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -246,32 +257,35 @@ def _resolve_kernel(
     place = tl.maximum(place, tl.max(tl.where(same, its_slot[None, :], -1), 1))
     arrived = tl.max(same.to(tl.int32), 0) > 0
     first = first_of_equals(expert, chosen, pair)
-    hit, missing = first & (place >= 0), first & (place < 0)
-    # The place in the ascending order of misses; pairs of one expert get the same.
-    order = tl.sum((missing[None, :] & (expert[None, :] < expert[:, None])).to(tl.int32), 1)
+    found, missing = chosen & (place >= 0), chosen & (place < 0)
     in_use = among(place, slot)
-    may_go = exists & ~in_use & ~among(its_slot, slot)
-    turn = turns(may_go, *worth(recency, frequency, now, resident < 0, FREQUENCY), slot)
-    taken = tl.max(tl.where(may_go[None, :] & (turn[None, :] == order[:, None]), slot[None, :], -1), 1)
-    hits, misses = tl.sum(hit.to(tl.int32), 0), tl.sum(missing.to(tl.int32), 0)
-    filled = may_go & (turn < misses)
+    misses = tl.sum((first & missing).to(tl.int32), 0)
 
     # Threads store what others have loaded above: no store may overtake a load.
     tl.debug_barrier()
     tl.store(clock + layer, now)
-    tl.atomic_add(counters, hits.to(tl.int64))
-    tl.atomic_add(counters + 1, misses.to(tl.int64))
-    tl.store(last_used + slot, now, mask=in_use | filled)
-    tl.store(uses + slot, tl.where(filled, 1, frequency + 1), mask=in_use | filled)
-    tl.store(slot_of + resident, -1, mask=filled & (resident >= 0))
-    settles = missing & (taken >= 0)
-    tl.store(slot_of + expert, taken, mask=settles)
-    tl.store(expert_of + taken, expert, mask=settles)
-    tl.store(slot_ids + pair, tl.where(place >= 0, place, taken), mask=chosen)
+    tl.atomic_add(counters, tl.sum((first & found).to(tl.int64), 0), sem="relaxed")
+    tl.atomic_add(counters + 1, misses.to(tl.int64), sem="relaxed")
+    tl.store(last_used + slot, now, mask=in_use)
+    tl.store(uses + slot, frequency + 1, mask=in_use)
+    tl.store(slot_ids + pair, place, mask=found)
     tl.store(slot_of + awaited, its_slot, mask=arrived)
     tl.store(expert_of + its_slot, awaited, mask=arrived)
     _settle_guesses(
         guess, awaited, arrived, awaited_expert, awaited_counters, claimed, due, CHUNKS, STRIDE
     )  # fmt: skip
-    columns = order_frame + layer * ORDERS, order_slot, claimed, done + layer * ORDERS, due
-    order_copies(*columns, AHEAD + order, frame, taken, settles, settles & first, CHUNKS)
+    if misses > 0:  # seldom, where there are many slots, and it takes longer than the rest
+        may_go = exists & ~in_use & ~among(its_slot, slot)
+        turn = turns(may_go, *worth(recency, frequency, now, resident < 0, FREQUENCY), slot)
+        _empty(may_go & (turn < misses), slot, resident, now, slot_of, last_used, uses)
+        # The place in the ascending order of misses; pairs of one expert get the same.
+        order = tl.sum(((first & missing)[None, :] & (expert[None, :] < expert[:, None])).to(tl.int32), 1)
+        taken = tl.max(tl.where(may_go[None, :] & (turn[None, :] == order[:, None]), slot[None, :], -1), 1)
+        settles = missing & (taken >= 0)
+        tl.store(slot_ids + pair, taken, mask=missing)
+        tl.store(slot_of + expert, taken, mask=settles)
+        tl.store(expert_of + taken, expert, mask=settles)
+        order_copies(
+            order_frame + layer * ORDERS, order_slot, claimed, done + layer * ORDERS, due,
+            AHEAD + order, frame, taken, settles, settles & first, CHUNKS,
+        )  # fmt: skip
