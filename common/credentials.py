@@ -15,6 +15,7 @@ from common.errors import ConfigError
 from common.tls import check_authorities, check_pair
 
 SYSTEM = "system"
+_LONGEST_KEY = 1024  # ours have 46
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Credentials:
         """Raises ConfigError naming what is missing or wrong; the files are not looked at."""
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ConfigError("the API key has characters that no key has")  # nor any field of HTTP/2
+        # Else gRPC would say of the field's size that the server is busy.
+        if self.api_key is not None and len(self.api_key) > _LONGEST_KEY:
+            raise ConfigError(f"the API key has more than {_LONGEST_KEY} characters")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("a client's certificate and its key go together")
         if self.tls_cert is not None and self.tls_ca is None:

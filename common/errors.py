@@ -64,7 +64,7 @@ class Exhausted(ServingError):
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
     def __init__(self, text: str, retry_after: int | None = None) -> None:
-        """`retry_after`: seconds, where it is known when there is more. It stays in this process."""
+        """`retry_after`: seconds, where it is known when there is more."""
         super().__init__(text)
         self.retry_after = retry_after
 

@@ -13,6 +13,7 @@ from common import errors
 from common.addresses import Address
 from common.credentials import NO_CREDENTIALS, Credentials
 from common.grpc_server import MAX_MESSAGE_BYTES
+from common.statuses import retry_after
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -36,7 +37,6 @@ _BY_STATUS: dict[grpc.StatusCode, type[errors.ServingError]] = {
         errors.NotFound,
         errors.Incompatible,
         errors.Unavailable,
-        errors.Exhausted,
         errors.Unauthenticated,
         errors.PermissionDenied,
     )
@@ -64,6 +64,8 @@ def translate(error: grpc.RpcError, peer: object) -> errors.ServingError:
         return errors.DeadlineExceeded(f"{peer} did not answer in full within the time given")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:  # gRPC's own words
         return errors.InvalidRequest(f"a message may have {MAX_MESSAGE_BYTES >> 20} MiB at most: {details}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return errors.Exhausted(details, retry_after(error))
     return _BY_STATUS.get(code, errors.ServingError)(details)
 
 

@@ -22,6 +22,7 @@ from common.api_keys import KeyRing
 from common.errors import ConfigError, InvalidRequest, ServingError
 from common.key_guard import KeyGuard
 from common.process import connections_allowed
+from common.statuses import abort
 from common.tls import ServerTls
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class _ErrorsToStatuses(grpc.aio.ServerInterceptor):
 
     async def _abort(self, context: grpc.aio.ServicerContext, error: Exception) -> None:
         if isinstance(error, ServingError):
-            await context.abort(error.status, str(error))
+            await abort(context, error)
         if isinstance(error, OSError) and error.errno in _RESOURCES:
             log.error("a call failed: %s", error)
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the process lacks resources: {error}")

@@ -17,7 +17,8 @@ from grpc_health.v1 import health
 
 from common.api_keys import KeyRing
 from common.errors import PermissionDenied, ServingError
-from common.key_usage import KeyUsage
+from common.key_usage import TOGETHER, KeyUsage
+from common.statuses import abort
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,9 @@ class KeyGuard(grpc.aio.ServerInterceptor):
         if handler is None or details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return handler
         try:
-            shown = dict(details.invocation_metadata or ()).get("authorization")
-            usage = self._keys.find(shown if isinstance(shown, str) else None)
+            shown = _words(details)
+            usage = self._keys.find(shown.get("authorization"))
+            usage.check_possible(_count(shown.get(TOGETHER, "")))
             if details.method.endswith(_FOR_ADMINS) and not usage.rules.admin:
                 raise PermissionDenied(
                     f"key {usage.name!r} is no admin's, and {details.method} is for them alone"
@@ -54,16 +56,25 @@ class KeyGuard(grpc.aio.ServerInterceptor):
         except ServingError as error:
             return _refusing(handler, details.method, error)
         if handler.response_streaming and not handler.request_streaming:
-            return _remade(handler, _counted(usage, handler.unary_stream))
+            return _remade(handler, _counted(usage, handler.unary_stream, details.method))
         return handler
 
 
-def _counted(usage: KeyUsage, method: Any) -> Any:
+def _words(details: grpc.HandlerCallDetails) -> dict[str, str]:
+    """Of a call's metadata, what is text."""
+    return {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
+
+
+def _count(told: str) -> int:
+    return int(told) if told.isdecimal() and len(told) < 10 else 1
+
+
+def _counted(usage: KeyUsage, method: Any, name: str) -> Any:
     async def counted(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         try:
             usage.begin()
         except ServingError as error:
-            await context.abort(error.status, str(error))
+            await _refuse(context, name, error)
         try:
             async with aclosing(method(request, context)) as replies:
                 async for reply in replies:
@@ -74,10 +85,14 @@ def _counted(usage: KeyUsage, method: Any) -> Any:
     return counted
 
 
+async def _refuse(context: grpc.aio.ServicerContext, method: str, error: ServingError) -> None:
+    log.info("refused %s to %s: %s", method, context.peer(), error)
+    await abort(context, error)
+
+
 def _refusing(handler: grpc.RpcMethodHandler, method: str, error: ServingError) -> grpc.RpcMethodHandler:
     async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
-        log.info("refused %s to %s: %s", method, context.peer(), error)
-        await context.abort(error.status, str(error))
+        await _refuse(context, method, error)
 
     async def refuse_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         await refuse(request, context)

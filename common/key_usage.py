@@ -1,7 +1,8 @@
 """What the requests of one API key are using, held against the limits of that key.
 
 The server's interceptor (`common.key_guard`) begins and ends requests; whoever counts their tokens calls
-`check_allowance`.
+`check_allowance`, and `allowed_output` where nobody said how many are wanted. What no waiting would make
+allowed is PermissionDenied, all else Exhausted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from common.errors import Exhausted, PermissionDenied
 if TYPE_CHECKING:
     from common.api_keys import KeyRules
 
+# gRPC metadata: of how many calls this is one, which their client makes at once and wants all of.
+TOGETHER = "x-requests-together"
 _MINUTE = 60.0
 
 
@@ -38,6 +41,20 @@ class KeyUsage:
     def end(self, count: int = 1) -> None:
         self.running -= count
         assert self.running >= 0
+
+    def check_possible(self, count: int) -> None:
+        """Raises PermissionDenied for more requests at once than this key may ever have."""
+        who, why = f"key {self.name!r} may", f"not {count} at once: send fewer prompts in one request"
+        most, rate = self.rules.max_concurrent_requests, self.rules.requests_per_minute
+        if most is not None and count > most:
+            raise PermissionDenied(f"{who} have {most} requests at a time, {why}")
+        if rate is not None and count > rate:
+            raise PermissionDenied(f"{who} begin {rate} requests a minute, {why}")
+
+    def allowed_output(self, wanted: int, samples: int) -> int:
+        """Tokens for each of so many samples: what is wanted, or less if this key may not have that many."""
+        most = self.rules.max_output_tokens
+        return wanted if most is None else min(wanted, max(1, most // samples))
 
     def check_allowance(self, prompt: int, output: int, priority: int | None) -> None:
         """Raises PermissionDenied for more tokens, or before more others, than this key may ask for.
@@ -83,3 +100,9 @@ def check_allowance(prompt: int, output: int = 0, priority: int | None = 0) -> N
     usage = _current.get()
     if usage is not None:
         usage.check_allowance(prompt, output, priority)
+
+
+def allowed_output(wanted: int, samples: int) -> int:
+    """The same of `KeyUsage.allowed_output`."""
+    usage = _current.get()
+    return wanted if usage is None else usage.allowed_output(wanted, samples)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, disable_created_metrics
-from prometheus_client import start_http_server as _start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -27,6 +29,7 @@ from common.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _READ_TIMEOUT = 5.0  # seconds; Prometheus itself waits for ten
+_IDLE_TIMEOUT = 30.0  # seconds that a client may take to ask for the page
 PREFIX = "expert_serving"
 # From a tenth of a millisecond, which a small model takes for a token, to what a long prompt takes on a CPU.
 SECONDS = (
@@ -112,8 +115,40 @@ def read_on_loop(read: Callable[[], Coroutine[Any, Any, list[Metric]]]) -> Figur
         except FutureTimeoutError:
             reading.cancel()
             raise TimeoutError(f"they could not be read within {_READ_TIMEOUT:g} s") from None
+        except FutureCancelledError:  # the loop has ended meanwhile
+            return []
 
     return figures
+
+
+class _PageServer(ThreadingHTTPServer):
+    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.registry = registry
+        super().__init__((host, port), _PageHandler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """By default there would be a traceback among the logs for each client that breaks off."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            log.exception("the metrics page could not be made")
+
+
+class _PageHandler(BaseHTTPRequestHandler):
+    """Any path is the page's. prometheus_client's own server answers some Accept headers with a traceback."""
+
+    server: _PageServer
+    timeout = _IDLE_TIMEOUT
+
+    def do_GET(self) -> None:
+        page, content_type = exposition(self.server.registry, self.headers.get("accept"))
+        self.send_response(200)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the page is asked for every few seconds."""
 
 
 class MetricsPage:
@@ -123,11 +158,11 @@ class MetricsPage:
         """Raises ConfigError when nobody can listen there."""
         host, _, port = address.target.rpartition(":")
         try:
-            server, thread = _start_http_server(int(port), host.strip("[]"), registry)
+            self._server = _PageServer(host.strip("[]"), int(port), registry)
         except OSError as error:
             raise ConfigError(f"--metrics {address}: cannot listen there: {error.strerror}") from None
-        self._server: WSGIServer = server
-        self._thread: threading.Thread = thread
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
 
     @property
     def port(self) -> int:

@@ -13,7 +13,7 @@ for _power, _letter in enumerate("KMGT", start=1):
 
 def parse_size(text: str) -> int:
     """Bytes; raises ConfigError for anything that is no positive size."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     factor = _FACTORS.get(match[2].upper()) if match else None
     if match is None or factor is None:
         raise ConfigError(f"{text!r} is not a size; write it like 7.6GB, 12GiB or 512MB")

@@ -10,8 +10,9 @@ from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.tokenizer import Tokenizer
 
 
-def chat_tokens(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a chat; InvalidRequest for what is no JSON, or what the template does not take."""
+def chat_tokens(chat: pb.Chat, tokenizer: Tokenizer, most: int) -> list[int]:
+    """Token ids of a chat; InvalidRequest for what is no JSON, what the template does not take, and far more
+    than `most` tokens."""
     messages = [
         {
             **_parsed("fields_json", message.fields_json, dict),
@@ -22,7 +23,7 @@ def chat_tokens(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
     ]
     tools = _parsed("tools_json", chat.tools_json, list)
     arguments = _parsed("template_arguments_json", chat.template_arguments_json, dict)
-    return tokenizer.encode_chat(messages, tools, arguments)
+    return tokenizer.encode_chat(messages, tools, arguments, most)
 
 
 def reply_forms(tokenizer: Tokenizer | None) -> dict[str, str]:

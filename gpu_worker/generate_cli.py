@@ -35,7 +35,10 @@ def generate(
     worker: Annotated[str | None, _WORKER] = None,
     token_ids: Annotated[str | None, _TOKEN_IDS] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send PROMPT as a user's message.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Stop after this many tokens. Default: 256, or what the API key allows."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among the K likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that make up this mass.")] = 1.0,

@@ -138,6 +138,11 @@ class Generation(Job):
         return sum(len(sample.output) for sample in self.samples)
 
     @property
+    def prompt_state_bytes(self) -> int:
+        """Of host memory, for samples that have not begun."""
+        return sum(part.nbytes for part in (self._states, self._context) if part is not None)
+
+    @property
     def prompt_tokens_read(self) -> int:
         return self._reading.fed if self._reading is not None else 0
 

@@ -70,7 +70,13 @@ def figures_of(stats: pb.WorkerStats, model: pb.ModelInfoReply) -> Iterator[Metr
 def _requests(stats: pb.WorkerStats) -> Iterator[Metric]:
     yield gauge("worker_ready", "1 while requests are taken, as the health service says.", stats.ready)
     yield gauge("worker_requests_running", "Requests that have a place.", stats.running)
-    yield gauge("worker_requests_waiting", "Requests that wait for a place.", stats.waiting)
+    yield gauge("worker_requests_waiting", "Requests that wait for their first place.", stats.waiting)
+    yield gauge("worker_requests_set_aside", "Requests whose next sample waits for a place.", stats.set_aside)
+    yield gauge(
+        "worker_prompt_state_bytes",
+        "RAM for states of prompts with samples to come.",
+        stats.prompt_state_bytes,
+    )
     yield counter("worker_prompt_tokens", "Tokens of prompts, read or cached.", stats.prompt_tokens)
     yield counter("worker_completion_tokens", "Tokens written.", stats.completion_tokens)
     yield counter("worker_requests_unread", "Ended, as their clients did not read.", stats.requests_unread)

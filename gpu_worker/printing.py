@@ -47,7 +47,8 @@ def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
         ("state", stats.state if stats.ready or stats.state != "serving" else "serving, but not ready"),
         ("requests", f"{stats.requests}, of which {stats.requests_failed} failed and "
                      f"{stats.requests_cancelled} were given up"),
-        ("now", f"{stats.running} running, {stats.waiting} waiting"),
+        ("now", requests_now(stats)),
+        ("prompts kept", _prompts_kept(stats)),
         ("slow clients", f"{stats.requests_unread} did not read what came" if stats.requests_unread else ""),
         ("tokens", f"{stats.prompt_tokens} read, {stats.completion_tokens} written"),
         ("prefix cache", _prefixes(stats)),
@@ -82,6 +83,17 @@ def as_text(table: Table) -> str:
     text = io.StringIO()
     Console(file=text, width=110).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def requests_now(stats: pb.WorkerStats) -> str:
+    aside = f"{stats.set_aside} set aside, " if stats.set_aside else ""
+    return f"{stats.running} running, {aside}{stats.waiting} waiting"
+
+
+def _prompts_kept(stats: pb.WorkerStats) -> str:
+    """Nothing unless a request has samples to come."""
+    size = stats.prompt_state_bytes
+    return f"{format_bytes(size)} of RAM for states that further samples begin with" if size else ""
 
 
 def _vram(stats: pb.WorkerStats) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.errors import Incompatible, InvalidRequest
+from common.key_usage import allowed_output
 from common.messages import PROTOCOL_VERSION
 from common.model_config import ATTENTION, MAMBA, MLP, MOE
 from common.rpc import gpu_worker_pb2 as pb
@@ -28,9 +29,9 @@ def check_version(version: int) -> None:
 
 
 def prompt_tokens(
-    request: pb.GenerateRequest | pb.ScoreRequest, tokenizer: Tokenizer | None
+    request: pb.GenerateRequest | pb.ScoreRequest, tokenizer: Tokenizer | None, most: int
 ) -> Sequence[int]:
-    """Token ids of whatever form the prompt has."""
+    """Token ids of whatever form the prompt has; InvalidRequest for a text of far more than `most`."""
     form = request.WhichOneof("prompt" if isinstance(request, pb.GenerateRequest) else "input")
     if form == "token_ids":
         return list(request.token_ids.ids)
@@ -39,9 +40,9 @@ def prompt_tokens(
     if tokenizer is None:
         raise InvalidRequest("this checkpoint has no tokenizer; send token ids")
     if form == "text":
-        return tokenizer.encode(request.text)
+        return tokenizer.encode(request.text, most)
     assert isinstance(request, pb.GenerateRequest)
-    return chat_tokens(request.chat, tokenizer)
+    return chat_tokens(request.chat, tokenizer, most)
 
 
 def samples_of(request: pb.GenerateRequest) -> int:
@@ -51,8 +52,8 @@ def samples_of(request: pb.GenerateRequest) -> int:
     return request.samples or 1
 
 
-def sampling_params(message: pb.SamplingParams) -> SamplingParams:
-    """Validated parameters; absent fields take the neutral value."""
+def sampling_params(message: pb.SamplingParams, samples: int) -> SamplingParams:
+    """Validated parameters of each sample; absent fields take the neutral value."""
     return SamplingParams(
         temperature=message.temperature,
         top_k=message.top_k,
@@ -60,11 +61,19 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
         min_p=message.min_p,
         repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
         seed=message.seed if message.HasField("seed") else None,
-        max_new_tokens=message.max_new_tokens if message.HasField("max_new_tokens") else DEFAULT_NEW_TOKENS,
+        max_new_tokens=_new_tokens(message, samples),
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs,
     )
+
+
+def _new_tokens(message: pb.SamplingParams, samples: int) -> int:
+    """At most. What nobody asked for is not refused to a key that may have less."""
+    if not message.HasField("max_new_tokens"):
+        return allowed_output(DEFAULT_NEW_TOKENS, samples)
+    wanted = message.max_new_tokens
+    return allowed_output(wanted, samples) if message.lower_to_allowed else wanted
 
 
 def token_message(choice: Choice, tokenizer: Tokenizer | None) -> pb.Token:

@@ -63,7 +63,7 @@ class RequestWatch:
         self._prompt_tokens = 0
         self._metrics, self._kind, self._caller = metrics, kind, origin.current()
         self._request_id = ",".join(self._caller.requests)
-        self._arrived = time.monotonic()
+        self._arrived = self._queued = time.monotonic()  # the second: as the scheduler has it
         named = _attributes({"request_id": self._request_id})
         self._span = tracing.span(f"worker {kind}", self._caller.traceparent, named)
         self._tokens = 0
@@ -93,7 +93,7 @@ class RequestWatch:
     def follow(self, job: Generation | Scoring) -> None:
         """From now on see what it emits."""
         emit = job.emit
-        self._accepted = True
+        self._accepted, self._queued = True, job.arrived
         self._prompt_tokens = len(job.prompt if isinstance(job, Generation) else job.tokens)
 
         def seen(message: Any) -> None:
@@ -128,14 +128,13 @@ class RequestWatch:
 
     def _see_finish(self, finish: pb.Finish, index: int) -> None:
         end, timings = time.monotonic(), finish.timings
-        decoding = end - timings.decode_ms / 1e3
-        if not self._finishes:  # the prompt is read once for all continuations
-            begun = decoding - timings.prefill_ms / 1e3
+        if not self._finishes:  # the prompt is read once for all continuations, any of which may end first
+            begun = self._queued + timings.queue_ms / 1e3
             self._metrics.queue.observe(timings.queue_ms / 1e3)
-            self._span.child("queue", begun - timings.queue_ms / 1e3, begun)
-            self._span.child("prefill", begun, decoding)
+            self._span.child("queue", self._queued, begun)
+            self._span.child("prefill", begun, begun + timings.prefill_ms / 1e3)
         told: Told = {"index": index, "reason": finish.reason, "fetch_seconds": finish.cache.fetch_seconds}
-        self._span.child("decode", decoding, end, _attributes(told))
+        self._span.child("decode", end - timings.decode_ms / 1e3, end, _attributes(told))
         self._finishes.append(finish)
 
     def _told(self, outcome: str, seconds: float) -> Told:

@@ -29,7 +29,7 @@ from gpu_worker.device_errors import DeviceFailed, device_failure
 from gpu_worker.engine import Engine
 from gpu_worker.jobs import Generation, Job
 from gpu_worker.lifecycle import handed_back, not_accepted
-from gpu_worker.prefix_cache.answers import IDLE_SECONDS, NextTurns
+from gpu_worker.prefix_cache.next_turns import IDLE_SECONDS, NextTurns
 from gpu_worker.samples import Sample
 from gpu_worker.waiting import WaitingJobs
 
@@ -74,8 +74,18 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Jobs that have begun; they have a place, or had one and have further samples that wait for one."""
-        return len(self._prefilling) + len(self._sampling)
+        """Jobs that have a place."""
+        return len(self._prefilling) + sum(not job.aside for job in list(self._sampling))
+
+    @property
+    def set_aside(self) -> int:
+        """Jobs that had a place and have further samples that wait for one."""
+        return sum(job.aside for job in list(self._sampling))
+
+    @property
+    def prompt_state_bytes(self) -> int:
+        """Of host memory, for samples that have not begun."""
+        return sum(job.prompt_state_bytes for job in list(self._sampling))
 
     def start(self) -> None:
         self._thread.start()
@@ -131,7 +141,7 @@ class Scheduler:
             return not self._stopping
 
     def _busy(self) -> bool:
-        return self._stopping or len(self._waiting) > 0 or self.running > 0
+        return self._stopping or len(self._waiting) > 0 or self._begun > 0
 
     def _iterate(self) -> None:
         if not self._busy():
@@ -255,7 +265,7 @@ class Scheduler:
         else:
             self._prefilling.remove(job)
         job.end(self._engine)
-        (self._engine.experts if self.running else self._engine).check_integrity()
+        (self._engine.experts if self._begun else self._engine).check_integrity()
         self.failed += error is not None
         self._endings.pop(job)(error)
 
@@ -265,6 +275,11 @@ class Scheduler:
             if job.cancelled and not job.begun:
                 self._waiting.discard(job)
                 self._endings.pop(job)(None)
+
+    @property
+    def _begun(self) -> int:
+        """Jobs that are not new and have not ended."""
+        return len(self._prefilling) + len(self._sampling)
 
     @property
     def _decoding(self) -> list[Sample]:

@@ -17,7 +17,7 @@ MOST_TOLD = 64
 
 
 def sequence_messages(jobs: Iterable[Job]) -> list[pb.SequenceInfo]:
-    """Of those that have a place, then of those that wait; both in order of arrival."""
+    """Of those that have begun, then of those that wait; both in order of arrival."""
     ordered = sorted(jobs, key=lambda job: not job.begun)
     return list(islice((message for job in ordered for message in _messages(job)), MOST_TOLD))
 
@@ -33,7 +33,8 @@ def _messages(job: Job) -> Iterator[pb.SequenceInfo]:
         told |= {"prompt_tokens": len(job.prompt), "prompt_tokens_read": job.prompt_tokens_read}
     samples = list(job.running) if isinstance(job, Generation) else []
     if not samples:
-        yield pb.SequenceInfo(state="prefill" if job.begun else "waiting", **told)
+        written = job.completion_tokens if isinstance(job, Generation) else 0
+        yield pb.SequenceInfo(state=_state(job), completion_tokens=written, **told)
     for sample in samples:
         yield pb.SequenceInfo(
             state="decode",
@@ -41,3 +42,12 @@ def _messages(job: Job) -> Iterator[pb.SequenceInfo]:
             tokens_per_second=sample.tokens_per_second,
             **told,
         )
+
+
+def _state(job: Job) -> str:
+    """Of one of which nothing decodes."""
+    if not job.begun:
+        return "waiting"
+    if not (isinstance(job, Generation) and job.prompt_read):
+        return "prefill"
+    return "set aside" if job.aside else "decode"  # between two samples, for less than a step

@@ -27,6 +27,7 @@ from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerServicer
 from gpu_worker.chats import reply_forms
 from gpu_worker.jobs import (
+    MOST_SCORED,
     Emit,
     Generation,
     Job,
@@ -150,6 +151,8 @@ class GenerationService(GpuWorkerServicer):
             completion_tokens=self.metrics.completion_tokens,
             running=scheduler.running,
             waiting=scheduler.waiting,
+            set_aside=scheduler.set_aside,
+            prompt_state_bytes=scheduler.prompt_state_bytes,
             store="attached" if worker.link.attachment else "lost",
             uptime_seconds=time.monotonic() - worker.started,
             parts=parts_message(self.model.engine.model.times, counters),
@@ -194,20 +197,22 @@ class GenerationService(GpuWorkerServicer):
         check_version(request.protocol_version)
         model = self.model
         check_length(len(request.token_ids.ids), model.max_context)  # before anything is done with them
-        prompt = await asyncio.to_thread(prompt_tokens, request, model.tokenizer)  # a book takes seconds
+        # In a thread: a book takes seconds.
+        prompt = await asyncio.to_thread(prompt_tokens, request, model.tokenizer, model.max_context)
         check_length(len(prompt), model.max_context)
         check_vocabulary(prompt, model.config.vocab_size)
-        params = sampling_params(request.sampling)
+        samples = samples_of(request)
+        params = sampling_params(request.sampling, samples)
         if params.stop and model.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, which this checkpoint lacks; leave them out")
-        check_allowance(len(prompt), params.max_new_tokens * samples_of(request), request.priority)
+        check_allowance(len(prompt), params.max_new_tokens * samples, request.priority)
         return Generation(
             prompt,
             params,
             model.eos_token_ids,
             model.tokenizer,
             outbox.emit,
-            samples_of(request),
+            samples,
             request.priority,
         )
 
@@ -243,7 +248,7 @@ def _scoring(request: pb.ScoreRequest, model: ServedModel, emit: Emit) -> Scorin
     check_version(request.protocol_version)
     window, stride = _window(request, model.max_context)
     check_scored_length(len(request.token_ids.ids))  # before anything is done with them
-    tokens = prompt_tokens(request, model.tokenizer)
+    tokens = prompt_tokens(request, model.tokenizer, MOST_SCORED)
     check_scored_length(len(tokens))
     check_vocabulary(tokens, model.config.vocab_size)
     check_allowance(_tokens_read(len(tokens), window, stride), priority=None)

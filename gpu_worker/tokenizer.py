@@ -27,6 +27,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.j
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _CHANGING_OPTIONS = ("add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SLICE = 1 << 18  # characters
 _FEW = 8  # tokens at the end of a prompt, among which the one that opens reasoning is
 
 
@@ -57,8 +58,12 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that the tokenizer puts around a text."""
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """Token ids of `text`, with the special tokens that the tokenizer puts around a text.
+
+        InvalidRequest for far more than `most` tokens; whoever sets a limit has to look at the rest.
+        """
+        self._check_not_far_more(text, most)
         # A batch of one: `encode` would hold the interpreter's lock, and with it all else of the process.
         return list(self._backend.encode_batch([text])[0].ids)
 
@@ -67,11 +72,13 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] = (),
         arguments: Mapping[str, Any] | None = None,
+        most: int | None = None,
     ) -> list[int]:
         """Token ids of a chat, up to where the assistant's answer begins.
 
         Messages have role and content, and may have what else the template reads (tool_calls, name, ...);
-        tools are objects as OpenAI defines them; `arguments` are further variables of the template.
+        tools are objects as OpenAI defines them; `arguments` are further variables of the template; `most` as
+        for `encode`.
         """
         if self.chat_template is None:
             raise InvalidRequest("this checkpoint has no chat template; send text or token ids")
@@ -79,16 +86,19 @@ class Tokenizer:
             raise InvalidRequest("the chat has no messages")
         self.chat_template.check(tools, arguments or {})
         try:
-            ids = self._by_transformers.apply_chat_template(
+            text = self._by_transformers.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=list(tools) or None,
                 add_generation_prompt=True,
-                return_dict=False,
+                tokenize=False,
                 **(arguments or {}),
             )
+            self._check_not_far_more(text, most)
+            return list(self._by_transformers(text, add_special_tokens=False)["input_ids"])
+        except InvalidRequest:
+            raise
         except Exception as error:  # whatever the caller's text makes the checkpoint's template do
             raise InvalidRequest(f"the chat template rejects these messages: {error}") from error
-        return list(ids)
 
     def opens_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether an answer to `prompt` begins within reasoning, because the prompt ends with `<think>`."""
@@ -106,6 +116,19 @@ class Tokenizer:
 
     def stream(self) -> TokenStream:
         return TokenStream(self)
+
+    def _check_not_far_more(self, text: str, most: int | None) -> None:
+        """Counts in slices, and no further than twice what is too many: the whole of a text of ten million
+        tokens would take a minute and gigabytes."""
+        if most is None or len(text) <= 4 * most:  # no more than is taken, as a rule
+            return
+        counted = 0
+        for start in range(0, len(text), _SLICE):
+            counted += len(self._backend.encode_batch([text[start : start + _SLICE]])[0])
+            if counted > 2 * most:
+                raise InvalidRequest(
+                    f"the text has more than {counted} tokens, of which at most {most} are taken: shorten it"
+                )
 
     @cached_property
     def _pieces(self) -> TokenPieces:
@@ -180,7 +203,9 @@ def _load_unchanged(directory: Path) -> tokenizers.Tokenizer | None:
 
 def _load_by_transformers(directory: Path) -> Any:
     from transformers import AutoTokenizer
+    from transformers.utils import logging as notices
 
+    notices.set_verbosity_error()  # it writes its own lines among the logs, of prompts that we refuse
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 

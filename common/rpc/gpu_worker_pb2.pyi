@@ -33,7 +33,7 @@ class Chat(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., tools_json: _Optional[str] = ..., template_arguments_json: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens", "stop", "ignore_eos", "logprobs")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens", "stop", "ignore_eos", "logprobs", "lower_to_allowed")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class SamplingParams(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOWER_TO_ALLOWED_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -54,7 +55,8 @@ class SamplingParams(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     ignore_eos: bool
     logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: bool = ..., logprobs: _Optional[int] = ...) -> None: ...
+    lower_to_allowed: bool
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: bool = ..., logprobs: _Optional[int] = ..., lower_to_allowed: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("protocol_version", "text", "token_ids", "chat", "sampling", "samples", "priority")
@@ -287,7 +289,7 @@ class SequenceInfo(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., state: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., prompt_tokens_read: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., age_seconds: _Optional[float] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("slots_per_layer", "slot_bytes", "policy", "prefetch", "cache", "hints_sent", "hints_useful", "requests", "requests_failed", "prompt_tokens", "completion_tokens", "running", "waiting", "store", "uptime_seconds", "slots_pinned", "parts", "vram_budget", "vram_peak", "vram_used", "vram_tensors_peak", "places", "places_taken", "prefix_lookups", "prefix_hits", "prefix_saved_tokens", "prefix_snapshots", "prefix_bytes", "prefix_budget", "layers", "prefetch_useful_bytes", "prefetch_wasted_bytes", "sequences", "resident_bytes", "store_address", "state", "ready", "requests_cancelled", "requests_unread")
+    __slots__ = ("slots_per_layer", "slot_bytes", "policy", "prefetch", "cache", "hints_sent", "hints_useful", "requests", "requests_failed", "prompt_tokens", "completion_tokens", "running", "waiting", "store", "uptime_seconds", "slots_pinned", "parts", "vram_budget", "vram_peak", "vram_used", "vram_tensors_peak", "places", "places_taken", "prefix_lookups", "prefix_hits", "prefix_saved_tokens", "prefix_snapshots", "prefix_bytes", "prefix_budget", "layers", "prefetch_useful_bytes", "prefetch_wasted_bytes", "sequences", "resident_bytes", "store_address", "set_aside", "prompt_state_bytes", "state", "ready", "requests_cancelled", "requests_unread")
     SLOTS_PER_LAYER_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -323,6 +325,8 @@ class WorkerStats(_message.Message):
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SET_ASIDE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_CANCELLED_FIELD_NUMBER: _ClassVar[int]
@@ -362,11 +366,13 @@ class WorkerStats(_message.Message):
     sequences: _containers.RepeatedCompositeFieldContainer[SequenceInfo]
     resident_bytes: int
     store_address: str
+    set_aside: int
+    prompt_state_bytes: int
     state: str
     ready: bool
     requests_cancelled: int
     requests_unread: int
-    def __init__(self, slots_per_layer: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., prefetch: _Optional[str] = ..., cache: _Optional[_Union[CacheCounters, _Mapping]] = ..., hints_sent: _Optional[int] = ..., hints_useful: _Optional[int] = ..., requests: _Optional[int] = ..., requests_failed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., store: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., slots_pinned: _Optional[int] = ..., parts: _Optional[_Union[PartSeconds, _Mapping]] = ..., vram_budget: _Optional[int] = ..., vram_peak: _Optional[int] = ..., vram_used: _Optional[int] = ..., vram_tensors_peak: _Optional[int] = ..., places: _Optional[int] = ..., places_taken: _Optional[int] = ..., prefix_lookups: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_saved_tokens: _Optional[int] = ..., prefix_snapshots: _Optional[int] = ..., prefix_bytes: _Optional[int] = ..., prefix_budget: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerCounters, _Mapping]]] = ..., prefetch_useful_bytes: _Optional[int] = ..., prefetch_wasted_bytes: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceInfo, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., store_address: _Optional[str] = ..., state: _Optional[str] = ..., ready: bool = ..., requests_cancelled: _Optional[int] = ..., requests_unread: _Optional[int] = ...) -> None: ...
+    def __init__(self, slots_per_layer: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., prefetch: _Optional[str] = ..., cache: _Optional[_Union[CacheCounters, _Mapping]] = ..., hints_sent: _Optional[int] = ..., hints_useful: _Optional[int] = ..., requests: _Optional[int] = ..., requests_failed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., store: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., slots_pinned: _Optional[int] = ..., parts: _Optional[_Union[PartSeconds, _Mapping]] = ..., vram_budget: _Optional[int] = ..., vram_peak: _Optional[int] = ..., vram_used: _Optional[int] = ..., vram_tensors_peak: _Optional[int] = ..., places: _Optional[int] = ..., places_taken: _Optional[int] = ..., prefix_lookups: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_saved_tokens: _Optional[int] = ..., prefix_snapshots: _Optional[int] = ..., prefix_bytes: _Optional[int] = ..., prefix_budget: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerCounters, _Mapping]]] = ..., prefetch_useful_bytes: _Optional[int] = ..., prefetch_wasted_bytes: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceInfo, _Mapping]]] = ..., resident_bytes: _Optional[int] = ..., store_address: _Optional[str] = ..., set_aside: _Optional[int] = ..., prompt_state_bytes: _Optional[int] = ..., state: _Optional[str] = ..., ready: bool = ..., requests_cancelled: _Optional[int] = ..., requests_unread: _Optional[int] = ...) -> None: ...
 
 class StopWorkerRequest(_message.Message):
     __slots__ = ()

@@ -26,7 +26,11 @@ if _version_not_supported:
 
 
 class GpuWorkerStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Metadata of calls: `authorization: Bearer KEY` where keys are asked for; `x-request-id` and `traceparent`, by
+    which logs and traces name a call; `x-requests-together`: of so many calls this is one, which are of use to
+    the caller only if all are answered. A refusal that time will lift has `grpc-retry-pushback-ms` in its
+    trailers, if it is known when.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -62,7 +66,11 @@ class GpuWorkerStub(object):
 
 
 class GpuWorkerServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Metadata of calls: `authorization: Bearer KEY` where keys are asked for; `x-request-id` and `traceparent`, by
+    which logs and traces name a call; `x-requests-together`: of so many calls this is one, which are of use to
+    the caller only if all are answered. A refusal that time will lift has `grpc-retry-pushback-ms` in its
+    trailers, if it is known when.
+    """
 
     def Generate(self, request, context):
         """Streams the continuations of a prompt; the last event of each is always `finish`.
@@ -134,7 +142,11 @@ def add_GpuWorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GpuWorker(object):
-    """Missing associated documentation comment in .proto file."""
+    """Metadata of calls: `authorization: Bearer KEY` where keys are asked for; `x-request-id` and `traceparent`, by
+    which logs and traces name a call; `x-requests-together`: of so many calls this is one, which are of use to
+    the caller only if all are answered. A refusal that time will lift has `grpc-retry-pushback-ms` in its
+    trailers, if it is known when.
+    """
 
     @staticmethod
     def Generate(request,

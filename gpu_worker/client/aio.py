@@ -57,12 +57,13 @@ class AsyncWorkerClient:
         priority: int = 0,
         request_id: str | None = None,
         timeout: float | None = None,
+        together: int = 1,
         **sampling: Any,
     ) -> AsyncIterator[pb.GenerateEvent]:
         """As `WorkerClient.generate`. `aclose()` cancels; an iterator that is merely dropped is closed when
         the event loop gets to it (`contextlib.aclosing` does it at once)."""
         request = generate_request(prompt, samples, priority, sampling)
-        shown = metadata(self._credentials, request_id)
+        shown = metadata(self._credentials, request_id, together)
         return self._stream(self._stub.Generate, request, timeout, shown)
 
     async def answers(self, prompt: Prompt, *, samples: int = 1, **options: Any) -> list[Generated]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from common import origin
 from common.credentials import Credentials
+from common.key_usage import TOGETHER
 from common.messages import PROTOCOL_VERSION
 from common.rpc import gpu_worker_pb2 as pb
 
@@ -59,15 +60,16 @@ def score_request(text: str | Sequence[int], window: int, stride: int) -> pb.Sco
     return request
 
 
-def metadata(credentials: Credentials, request_id: str | None = None) -> Metadata:
-    """What goes with a call: the API key, the id of the request (else of the one that this is done for), and
-    the trace that it belongs to."""
+def metadata(credentials: Credentials, request_id: str | None = None, together: int = 1) -> Metadata:
+    """What goes with a call: the API key, the id of the request (else of the one that this is done for), the
+    trace that it belongs to, and of how many calls it is one."""
     here = origin.current()
     name = request_id or next(iter(here.requests), None)
     return [
         *credentials.metadata,
         *([(origin.REQUEST_ID, name)] if name else []),
         *([(origin.TRACEPARENT, here.traceparent)] if here.traceparent else []),
+        *([(TOGETHER, str(together))] if together > 1 else []),
     ]
 
 

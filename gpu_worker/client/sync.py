@@ -34,7 +34,8 @@ class WorkerClient:
         self, address: Address, *, retry_for: float = RETRY_FOR, credentials: Credentials | None = None
     ) -> None:
         """`retry_for`: seconds within which a call that has produced nothing is made again when the worker
-        is not there, or about to end; 0: never. `credentials`: by default, those of the environment."""
+        is not there, is about to end, or has said when the key may ask again; 0: never. `credentials`: by
+        default, those of the environment."""
         self.address = address
         self._retry_for = retry_for
         self._credentials = credentials or Credentials.of_environment()
@@ -50,16 +51,18 @@ class WorkerClient:
         priority: int = 0,
         request_id: str | None = None,
         timeout: float | None = None,
+        together: int = 1,
         **sampling: Any,
     ) -> Iterator[pb.GenerateEvent]:
         """Stream continuations of text, token ids, or a chat; `samples` of them, told apart by `index`.
 
         The request is sent when the first event is asked for, and cancelled when the iterator is closed.
-        `timeout` is for the whole answer, in seconds; `sampling` are the fields of `SamplingParams` in
-        proto/gpu_worker.proto.
+        `timeout` is for the whole answer, in seconds. Where several calls are made at once and all of them
+        are wanted, `together` says how many, so that none is accepted if not all can be. `sampling` are the
+        fields of `SamplingParams` in proto/gpu_worker.proto.
         """
         request = generate_request(prompt, samples, priority, sampling)
-        shown = metadata(self._credentials, request_id)
+        shown = metadata(self._credentials, request_id, together)
         return self._stream(self._stub.Generate, request, timeout, shown)
 
     def answers(self, prompt: Prompt, *, samples: int = 1, **options: Any) -> list[Generated]:

@@ -60,7 +60,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue a prompt, or several."""
     gateway, caller = _parties(request)
     name, info = await gateway.model(caller, body.model)
-    asked = of_completion(body, info)
+    asked = of_completion(body, info, caller.usage)
     answers = Completions(body, len(asked.prompts), name, usage_follows=_include_usage(body))
     return _response(body, gateway, caller, _COMPLETIONS, asked, answers)
 

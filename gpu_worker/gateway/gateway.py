@@ -121,6 +121,7 @@ class Gateway:
             priority=asked.priority,
             request_id=caller.request_id,
             timeout=self.request_timeout,
+            together=len(asked.prompts),
             **asked.sampling,
         )
 

@@ -34,37 +34,39 @@ class Asked:
     sampling: dict[str, Any]  # fields of SamplingParams
 
     def check_allowance(self, usage: KeyUsage) -> None:
-        """Raises PermissionDenied. Tokens of texts are not known here; those limits are the worker's."""
+        """Raises PermissionDenied for what this key may never ask for. Tokens of texts are not known here;
+        those limits are the worker's."""
         known = max(0 if isinstance(prompt, str | pb.Chat) else len(prompt) for prompt in self.prompts)
         output = len(self.prompts) * self.samples * self.sampling["max_new_tokens"]
+        usage.check_possible(len(self.prompts))
         usage.check_allowance(known, output, self.priority)
 
 
-def of_completion(request: CompletionRequest, info: pb.ModelInfoReply) -> Asked:
+def of_completion(
+    request: CompletionRequest, info: pb.ModelInfoReply, usage: KeyUsage | None = None
+) -> Asked:
+    """`usage` of the caller's key, which lowers defaults to what it allows."""
     if not info.has_tokenizer:
         raise RequestError(400, "this checkpoint has no tokenizer: answers have no text, only gRPC tells ids")
     prompt = request.prompt
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     prompts: Any = prompt if several else [prompt]
     logprobs = None if request.logprobs is None else max(1, request.logprobs)
-    return _asked(request, prompts, request.max_tokens or _COMPLETION_TOKENS, logprobs)
+    most = _MostTokens(request.max_tokens, _COMPLETION_TOKENS)
+    return _asked(request, prompts, most, logprobs, usage)
 
 
 def of_chat(request: ChatRequest, info: pb.ModelInfoReply, usage: KeyUsage | None = None) -> Asked:
-    """`usage` of the caller's key, whose limit is then the default."""
+    """`usage` as for completions."""
     messages = [_message(message, f"messages[{n}]") for n, message in enumerate(request.messages)]
     tools = [tool.model_dump(exclude_unset=True) for tool in offered_tools(request)]
     try:
         prompt = chat(messages, tools, **(request.chat_template_kwargs or {}))
     except (ValueError, RecursionError) as error:
         raise not_passed_on(error) from None
-    most = request.max_completion_tokens or request.max_tokens
-    if most is None:
-        most = info.max_context
-        if usage is not None and usage.rules.max_output_tokens is not None:
-            most = max(1, min(most, usage.rules.max_output_tokens // (request.n or 1)))
+    most = _MostTokens(request.max_completion_tokens or request.max_tokens, info.max_context)
     logprobs = max(1, request.top_logprobs or 0) if request.logprobs else None
-    return _asked(request, [prompt], most, logprobs)
+    return _asked(request, [prompt], most, logprobs, usage)
 
 
 def offered_tools(request: ChatRequest) -> list[Any]:
@@ -72,21 +74,42 @@ def offered_tools(request: ChatRequest) -> list[Any]:
     return [] if request.tool_choice == "none" else list(request.tools or [])
 
 
-def _asked(request: Sampling, prompts: list[Prompt], most: int, logprobs: int | None) -> Asked:
-    sampling = {
+@dataclass(frozen=True)
+class _MostTokens:
+    """Of one answer: what the client said, or else the default."""
+
+    given: int | None
+    default: int
+
+    def sampling(self, answers: int, usage: KeyUsage | None) -> dict[str, Any]:
+        """The worker may know of limits of the key that are not known here, and lowers defaults to them."""
+        if self.given is not None:
+            return {"max_new_tokens": self.given}
+        allowed = self.default if usage is None else usage.allowed_output(self.default, answers)
+        return {"max_new_tokens": allowed, "lower_to_allowed": True}
+
+
+def _asked(
+    request: Sampling,
+    prompts: list[Prompt],
+    most: _MostTokens,
+    logprobs: int | None,
+    usage: KeyUsage | None,
+) -> Asked:
+    samples = request.n or 1
+    sampling = most.sampling(len(prompts) * samples, usage) | {
         "temperature": 1.0 if request.temperature is None else request.temperature,  # OpenAI's default
         "top_k": max(0, request.top_k or 0),
         "top_p": request.top_p,
         "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty,
         "seed": None if request.seed is None else request.seed % (1 << 64),  # negative ones are seeds, too
-        "max_new_tokens": most,
         "stop": [request.stop] if isinstance(request.stop, str) else request.stop,
         "ignore_eos": request.ignore_eos,
         "logprobs": logprobs,
     }
     given = {name: value for name, value in sampling.items() if value is not None}
-    return Asked(prompts, request.n or 1, request.priority or 0, given)
+    return Asked(prompts, samples, request.priority or 0, given)
 
 
 def _message(message: Message, where: str) -> dict[str, Any]:

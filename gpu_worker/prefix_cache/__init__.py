@@ -18,8 +18,8 @@ answer, and messages shorter than `least`. The answer's states after decoding, w
 ended, are of no use: a step of decode rounds otherwise than a chunk, and otherwise again in another batch, so
 what the second turn says would depend on whether, and beside whom, the first was answered here. So the answer
 is read as a part of the next prompt, and that is done before there is one, while the worker has nothing else
-to do (`answers`). If it comes to that, and the client sends back what it got, the second turn reads its own
-message alone.
+to do (`next_turns`). If it comes to that, and the client sends back what it got, the second turn reads its
+own message alone.
 
 `tree` keeps the snapshots; `reading` takes them, and puts them into a place, while a prompt is read. All is
 the engine's thread's; device memory is never taken.

@@ -12,11 +12,12 @@ from rich.text import Text
 
 from common.rpc import gpu_worker_pb2 as pb
 from common.units import format_bytes
+from gpu_worker.printing import requests_now
 from gpu_worker.top.heat_map import heat_map
 from gpu_worker.top.history import Answer, History
 
 _COURSE = "▁▂▃▄▅▆▇"  # a full block would touch the line above
-_STATES = {"decode": "green", "prefill": "cyan", "waiting": "yellow"}
+_STATES = {"decode": "green", "prefill": "cyan", "waiting": "yellow", "set aside": "yellow"}
 _LABEL = "dim"
 _RULE_AND_HEADER = 2  # lines above the sequences
 
@@ -65,10 +66,10 @@ def _figures(history: History, width: int) -> Table:
         ("link", lambda answer: answer.worker.cache.bytes_fetched, format_bytes),
         ("disk", lambda answer: answer.store.staged_bytes if answer.store else None, format_bytes),
     ]
-    ended = worker.requests - worker.running - worker.waiting
+    ended = worker.requests - worker.running - worker.set_aside - worker.waiting
     frames = f", {store.ready_frames:,} of {store.frames:,} frames" if store else ""
     states = [
-        ("requests", f"{worker.running} running, {worker.waiting} waiting"),
+        ("requests", requests_now(worker)),
         ("ended", f"{ended:,}, {worker.requests_failed:,} of them failed"),
         ("slots", _slots(worker, history.model)),
         ("store", worker.store + frames),
@@ -121,7 +122,8 @@ def _sequences(worker: pb.WorkerStats, rows: int | None) -> Table:
             f"{sequence.tokens_per_second:.1f}" if sequence.tokens_per_second else "-",
             duration(sequence.age_seconds),
         )
-    if left := len(worker.sequences) - len(shown):
+    requests = worker.running + worker.set_aside + worker.waiting  # of many, not all are told one by one
+    if left := max(len(worker.sequences), requests) - len(shown):
         table.add_row(Text(f"and {left} more", style=_LABEL))
     elif not shown:
         table.add_row(Text("no request is in progress", style=_LABEL))

@@ -11,7 +11,7 @@ import pytest
 from common import key_usage
 from common.api_keys import KeyRing, KeyRules, add_key
 from common.errors import ConfigError, Exhausted, PermissionDenied, Unauthenticated
-from common.key_usage import KeyUsage, check_allowance
+from common.key_usage import KeyUsage, allowed_output, check_allowance
 
 HASH = "0" * 64
 
@@ -172,6 +172,32 @@ def test_several_at_once_are_counted_one_by_one() -> None:
     usage.begin(1)
     usage.end(2)
     assert usage.running == 0
+
+
+def test_more_at_once_than_a_key_may_ever_have() -> None:
+    """No waiting helps: it was Exhausted once, which is to be tried again."""
+    usage = KeyUsage("alice", KeyRules(hash=HASH, max_concurrent_requests=3, requests_per_minute=2))
+    usage.check_possible(2)
+    with pytest.raises(
+        PermissionDenied, match="begin 2 requests a minute, not 3 at once: send fewer prompts"
+    ):
+        usage.check_possible(3)
+    with pytest.raises(
+        PermissionDenied, match="have 3 requests at a time, not 4 at once: send fewer prompts"
+    ):
+        usage.check_possible(4)
+    KeyUsage("bob", KeyRules(hash=HASH)).check_possible(1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "samples", "allowed"),
+    [(10, 2, 10), (11, 2, 10), (256, 1, 20), (256, 7, 2), (5, 21, 1), (0, 1, 0)],
+)
+def test_what_nobody_asked_for_is_what_the_key_allows(wanted: int, samples: int, allowed: int) -> None:
+    usage = KeyUsage("alice", KeyRules(hash=HASH, max_output_tokens=20))
+    assert usage.allowed_output(wanted, samples) == allowed
+    assert KeyUsage("bob", KeyRules(hash=HASH)).allowed_output(wanted, samples) == wanted
+    assert allowed_output(wanted, samples) == wanted  # no key is asked for
 
 
 def test_the_allowance_of_a_request() -> None:

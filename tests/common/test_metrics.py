@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
+import socket
+import struct
+import threading
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 from prometheus_client.core import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from common import metrics
 from common.addresses import Address
 from common.errors import ConfigError
 from common.metrics import MetricsPage, counter, gauge, new_registry, seconds
+from tests.helpers.metrics_pages import registries
 
 
 def page(registry: object, path: str = "/metrics") -> dict[str, Metric]:
@@ -27,8 +34,8 @@ def page(registry: object, path: str = "/metrics") -> dict[str, Metric]:
 @pytest.fixture(autouse=True)
 def any_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
     """Addresses name a port; tests must not."""
-    start = metrics._start_http_server
-    monkeypatch.setattr(metrics, "_start_http_server", lambda port, host, registry: start(0, host, registry))
+    server = metrics._PageServer
+    monkeypatch.setattr(metrics, "_PageServer", lambda host, port, registry: server(host, 0, registry))
 
 
 def test_the_page_has_figures_distributions_and_the_process() -> None:
@@ -67,6 +74,110 @@ def test_an_address_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> N
             MetricsPage(Address.parse(f"127.0.0.1:{first.port}"), registry)
     finally:
         first.close()
+
+
+@pytest.fixture
+def served() -> Iterator[MetricsPage]:
+    registry = new_registry(lambda: [gauge("worker_b", "B.", 2)])
+    seconds(registry, "worker_c", "C.").observe(0.02)
+    page = MetricsPage(Address.parse("127.0.0.1:1"), registry)
+    yield page
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        (None, "text/plain"),
+        ("", "text/plain"),
+        ("*/*", "text/plain"),
+        (",;=,", "text/plain"),
+        ("\xff\xb2", "text/plain"),
+        ("x" * 60_000, "text/plain"),
+        ("text/plain;version=1.x", "text/plain"),
+        ("application/openmetrics-text;version=\xb2", "text/plain"),
+        ("application/openmetrics-text;version=x, text/plain", "text/plain"),
+        ("application/openmetrics-text", "application/openmetrics-text"),
+        ("application/openmetrics-text;version=1.0.0;q=0.5", "application/openmetrics-text"),
+    ],
+)
+def test_whatever_form_is_accepted_there_is_a_page(
+    served: MetricsPage, accept: str | None, form: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Some of these were an error once, with a traceback among the logs."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
+    connection.putrequest("GET", "/metrics")
+    if accept is not None:
+        connection.putheader("Accept", accept.encode("latin-1"))
+    connection.endheaders()
+    reply = connection.getresponse()
+    text = reply.read().decode()
+    connection.close()
+    assert (reply.status, reply.headers.get_content_type()) == (200, form)
+    assert "expert_serving_worker_b 2.0" in text and text.endswith("# EOF\n") == (form != "text/plain")
+    parse = openmetrics if form != "text/plain" else text_string_to_metric_families
+    assert "expert_serving_worker_c_seconds" in {family.name for family in parse(text)}
+    assert capfd.readouterr().err == ""
+
+
+def test_all_processes_pages_are_open_metrics_too() -> None:
+    for registry in registries():
+        page, _ = metrics.exposition(registry, "application/openmetrics-text;version=1.0.0")
+        families = {family.name for family in openmetrics(page.decode())}
+        assert families == {family.name for family in registry.collect()}
+
+
+def test_clients_that_break_off_or_send_no_http_are_not_in_the_logs(
+    served: MetricsPage, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for sent in (b"GET ", b"\x00\xff\r\n\r\n", b"POST / HTTP/1.1\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as raw:
+            raw.sendall(sent)
+            assert sent == b"GET " or raw.recv(1 << 16)
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+    assert urllib.request.urlopen(f"http://127.0.0.1:{served.port}/", timeout=10).status == 200
+    assert capfd.readouterr().err == "" and not caplog.records
+
+
+def test_a_client_that_asks_for_nothing_is_let_go(
+    monkeypatch: pytest.MonkeyPatch, served: MetricsPage
+) -> None:
+    assert metrics._PageHandler.timeout is not None
+    monkeypatch.setattr(metrics._PageHandler, "timeout", 0.1)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as raw:
+        assert raw.recv(1) == b""
+
+
+def test_a_process_that_ends_meanwhile_leaves_the_rest_of_the_page() -> None:
+    reading, got = threading.Event(), []
+
+    async def read() -> list[Metric]:
+        reading.set()
+        await asyncio.Event().wait()
+        return []
+
+    async def process() -> threading.Thread:
+        figures = metrics.read_on_loop(read)
+        page = threading.Thread(target=lambda: got.append(figures()))
+        page.start()
+        await asyncio.to_thread(reading.wait)
+        return page
+
+    asyncio.run(process()).join(10)
+    assert got == [[]]
+
+
+def test_a_page_that_cannot_be_made_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> Iterable[Metric]:
+        raise AssertionError("a bug")
+
+    registry = new_registry(list)
+    broken_page = MetricsPage(Address.parse("127.0.0.1:1"), registry)
+    registry.register(metrics._Figures(broken))
+    with pytest.raises(http.client.RemoteDisconnected):
+        urllib.request.urlopen(f"http://127.0.0.1:{broken_page.port}/", timeout=10)
+    broken_page.close()
+    assert "a bug" in caplog.text
 
 
 @pytest.mark.parametrize("version", ["1.x", "", "1.0.0.0", "\u00b2"])

@@ -18,12 +18,21 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from common.addresses import Address
 from common.api_keys import KeyRing, add_key
 from common.credentials import NO_CREDENTIALS, Credentials
-from common.errors import ConfigError, Exhausted, PermissionDenied, Unauthenticated, Unavailable
+from common.errors import (
+    ConfigError,
+    Exhausted,
+    InvalidRequest,
+    PermissionDenied,
+    ServingError,
+    Unauthenticated,
+    Unavailable,
+)
 from common.grpc_client import open_async_channel, translate
 from common.grpc_server import RpcServer
-from common.key_usage import KeyUsage, check_allowance
+from common.key_usage import TOGETHER, KeyUsage, check_allowance
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerServicer, GpuWorkerStub, add_GpuWorkerServicer_to_server
+from common.statuses import retry_after
 from common.tls import ServerTls
 from tests.helpers.certificates import Authority
 
@@ -33,6 +42,7 @@ class Echo(GpuWorkerServicer):
 
     def __init__(self) -> None:
         self.go_on = asyncio.Event()
+        self.error: ServingError | None = None  # for whoever asks what the model is
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateEvent]:
         check_allowance(len(request.token_ids.ids), 1)
@@ -42,6 +52,8 @@ class Echo(GpuWorkerServicer):
         yield pb.GenerateEvent()
 
     async def ModelInfo(self, request: pb.ModelInfoRequest, context: Any) -> pb.ModelInfoReply:
+        if self.error is not None:
+            raise self.error
         return pb.ModelInfoReply(model="echo")
 
     async def Stop(self, request: pb.StopWorkerRequest, context: Any) -> pb.StopWorkerReply:
@@ -85,11 +97,15 @@ async def ask(address: Address, credentials: Credentials = NO_CREDENTIALS, metho
             raise translate(error, address) from None
 
 
-def streaming(address: Address, credentials: Credentials, tokens: int = 2) -> tuple[Any, Any]:
+def streaming(
+    address: Address, credentials: Credentials, tokens: int = 2, *more: tuple[str, str]
+) -> tuple[Any, Any]:
     """A channel, and a call on it that has been answered in part once its first event was read."""
     channel = open_async_channel(address, credentials)
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=range(tokens)))
-    return channel, GpuWorkerStub(channel).Generate(request, timeout=10, metadata=credentials.metadata)
+    return channel, GpuWorkerStub(channel).Generate(
+        request, timeout=10, metadata=[*credentials.metadata, *more]
+    )
 
 
 def run(check: Callable[[], Awaitable[None]]) -> None:
@@ -190,6 +206,8 @@ def test_credentials_come_from_the_environment(authority: Authority, monkeypatch
     monkeypatch.setenv("EXPERT_SERVING_API_KEY", "es-\n")
     with pytest.raises(ConfigError, match="no key has"):
         Credentials.of_environment()
+    with pytest.raises(ConfigError, match="more than 1024 characters"):
+        Credentials(api_key="x" * 1025)
 
 
 def test_keys_are_asked_for_everywhere_but_of_health(tmp_path: Path) -> None:
@@ -268,6 +286,60 @@ def test_a_place_is_free_again_however_a_request_ends(tmp_path: Path) -> None:
             assert usage.running == 0
 
     run(check)
+
+
+def test_a_refusal_tells_when_to_try_again_and_one_for_good_does_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both are in the log."""
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "keys.toml"
+    alice = Credentials(api_key=add_key(path, "alice", requests_per_minute=2))
+
+    async def refusal(address: Address, *more: tuple[str, str]) -> Exception:
+        with pytest.raises(grpc.RpcError) as refused:
+            await streaming(address, alice, 2, *more)[1].read()
+        return translate(refused.value, address)
+
+    async def check() -> None:
+        async with serving(keys=KeyRing(path)) as (address, _):
+            for _ in range(3):  # which does not count
+                assert isinstance(await refusal(address, (TOGETHER, "3")), PermissionDenied)
+            for count in ("2", "9" * 99):  # nobody means the second
+                await streaming(address, alice, 2, (TOGETHER, count))[1].read()
+            error = await refusal(address)
+            assert isinstance(error, Exhausted) and "2 requests a minute" in str(error)
+            assert error.retry_after is not None and 50 <= error.retry_after <= 60
+        assert caplog.text.count("refused /expert_serving.v1.GpuWorker/Generate to ") == 4
+
+    run(check)
+
+
+@pytest.mark.parametrize("quoted", ["x", "\U0001f9a5", "\n"])
+@pytest.mark.parametrize("length", [100, 9_000, 5_000_000])
+def test_an_error_is_what_it_is_however_much_it_quotes(quoted: str, length: int) -> None:
+    """It was RESOURCE_EXHAUSTED once, from 8 KiB on: nothing was to be changed, and it was tried again."""
+
+    async def check() -> None:
+        async with serving() as (address, echo):
+            echo.error = InvalidRequest(f"there is no {quoted * length}; leave it out")
+            with pytest.raises(InvalidRequest, match=r"(?s)^there is no .*; leave it out$") as told:
+                await ask(address)
+            assert (str(told.value) == str(echo.error)) == (length == 100)
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [("1500", 2), ("0", 0), ("-1", None), ("x", None), ("9" * 8, 86400), ("9" * 99, None)],
+)
+def test_what_a_server_tells_of_the_time_is_looked_at(told: str, seconds: int | None) -> None:
+    class Refused(grpc.RpcError):
+        def trailing_metadata(self) -> Any:
+            return (("grpc-retry-pushback-ms", told),)
+
+    assert retry_after(Refused()) == seconds
 
 
 async def nothing_runs(usage: KeyUsage) -> None:

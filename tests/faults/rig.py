@@ -210,7 +210,7 @@ class Rig:
         for address in self.addresses:
             with channel_to(address) as channel:
                 stats = GpuWorkerStub(channel).Stats(pb.WorkerStatsRequest(), timeout=10)
-            if stats.running or stats.waiting:
+            if stats.running or stats.set_aside or stats.waiting:
                 return False
         return True
 

@@ -37,7 +37,8 @@ def check_alive(pair: Pair) -> list[str]:
 
 def _at_rest(pair: Pair) -> bool:
     worker, store = pair.worker_stats(), pair.store_stats()
-    return not (worker.running or worker.waiting or worker.places_taken or store.pinned_frames)
+    at_work = worker.running or worker.set_aside or worker.waiting
+    return not (at_work or worker.places_taken or store.pinned_frames)
 
 
 def _complaints(log: str) -> list[str]:

@@ -24,6 +24,7 @@ from tests.helpers.chat_templates import TEMPLATES
 
 Make = Callable[[Any], Tokenizer]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+MOST = 1 << 20
 USER = {"role": "user", "content": "Hi"}
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
@@ -49,7 +50,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def text_of(tokenizer: Tokenizer, request: pb.Chat) -> str:
-    return tokenizer.decode(chat_tokens(request, tokenizer))
+    return tokenizer.decode(chat_tokens(request, tokenizer, MOST))
 
 
 def test_tools_fields_and_arguments_reach_the_template(make: Make) -> None:
@@ -67,7 +68,7 @@ def test_tools_fields_and_arguments_reach_the_template(make: Make) -> None:
 def test_whether_a_prompt_opens_reasoning(make: Make) -> None:
     tokenizer = make(TEMPLATES["json"])
     for thinking in (True, False):
-        tokens = chat_tokens(chat([USER], enable_thinking=thinking), tokenizer)
+        tokens = chat_tokens(chat([USER], enable_thinking=thinking), tokenizer, MOST)
         assert tokenizer.opens_reasoning(tokens) is thinking
     assert not tokenizer.opens_reasoning([])
     assert not tokenizer.opens_reasoning(tokenizer.encode("<think> long before the end of it"))
@@ -93,7 +94,7 @@ def test_whether_a_prompt_opens_reasoning(make: Make) -> None:
 )
 def test_what_is_rejected(make: Make, request_: pb.Chat, reason: str) -> None:
     with pytest.raises(InvalidRequest, match=reason):
-        chat_tokens(request_, make(TEMPLATES["json"]))
+        chat_tokens(request_, make(TEMPLATES["json"]), MOST)
 
 
 def test_fields_do_not_replace_role_and_content(make: Make) -> None:
@@ -105,7 +106,7 @@ def test_tools_for_a_template_without(make: Make) -> None:
     tokenizer = make("{% for m in messages %}{{ m.content }}{% endfor %}")
     assert text_of(tokenizer, chat([USER])) == "Hi"
     with pytest.raises(InvalidRequest, match="takes no tools"):
-        chat_tokens(chat([USER], [TOOL]), tokenizer)
+        chat_tokens(chat([USER], [TOOL]), tokenizer, MOST)
 
 
 def test_several_templates(make: Make) -> None:

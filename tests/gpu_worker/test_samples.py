@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from common.errors import Unavailable
+from common.rpc import gpu_worker_pb2 as pb
 from gpu_worker.engine import Engine
 from gpu_worker.prefix_cache.cuts import CutLaw
 from gpu_worker.samples import NotFinite
 from gpu_worker.sampling import stream_seed
+from gpu_worker.sequences import sequence_messages
 from tests.helpers.engines import full_arena, load
 from tests.helpers.models import make_hf_model, pack_model
 from tests.helpers.scheduling import Request, Served, serving
@@ -152,7 +154,36 @@ def test_a_request_that_was_set_aside_can_be_cancelled(
         served.scheduler.start()
         served.wait_for(2)
         assert served.steps[-1] == "d:a" and len(served.requests[1].tokens()) == 20
-        assert served.scheduler.running == 0 and engine.free_places == 1
+        assert served.scheduler.jobs == [] and engine.free_places == 1
+    for place in taken:
+        engine.give_place(place)
+
+
+def test_a_request_that_was_set_aside_is_told_as_such(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a prefill once, and counted as running."""
+    taken = [engine.take_place() for _ in range(PLACES - 1)]
+    monkeypatch.setattr(engine, "check_integrity", lambda: None)
+    told: dict[int, list[pb.SequenceInfo]] = {}
+    with serving(engine, monkeypatch) as served:
+
+        def look(step: int) -> None:
+            told[step] = sequence_messages(served.scheduler.jobs)
+
+        served.at = {
+            1: lambda: look(1),
+            5: lambda: served.generate("a", PROMPT[:2], max_new_tokens=6),
+            6: lambda: look(6),
+            22: lambda: look(22),
+        }
+        ask(served, 8)
+        served.scheduler.start()
+        served.wait_for(2)
+    assert " ".join(served.steps[:25]) == "p:s p:s p:s" + " d:s" * 16 + " p:a" + " d:a" * 5
+    states = {step: [sequence.state for sequence in sequences] for step, sequences in told.items()}
+    assert states == {1: ["prefill"], 6: ["decode", "waiting"], 22: ["set aside", "decode"]}
+    assert [sequence.completion_tokens for sequence in told[22]] == [18, 3]
     for place in taken:
         engine.give_place(place)
 
@@ -160,15 +191,19 @@ def test_a_request_that_was_set_aside_can_be_cancelled(
 def test_no_more_prompts_are_set_aside_than_stated(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, alone: list[list[int]]
 ) -> None:
-    """Of further requests, one keeps the place until it has no further samples."""
+    """Of further requests, one keeps the place until it has no further samples. What the host keeps of all
+    their prompts is bounded by that, and told."""
     taken = [engine.take_place() for _ in range(PLACES - 1)]
     monkeypatch.setattr(engine, "check_integrity", lambda: None)
     with serving(engine, monkeypatch) as served:
-        most = 0
+        most = kept = 0
+        prompt = engine.pools.recurrent_bytes + len(PROMPT) * engine.pools.token_bytes
 
         def count() -> None:
-            nonlocal most
-            most = max(most, sum(job.aside for job in served.scheduler._sampling))
+            nonlocal most, kept
+            scheduler = served.scheduler
+            most, kept = max(most, scheduler.set_aside), max(kept, scheduler.prompt_state_bytes)
+            assert scheduler.running == 1 and scheduler.prompt_state_bytes >= scheduler.set_aside * prompt
             served.at[len(served.steps) + 1] = count
 
         served.at[1] = count
@@ -177,7 +212,8 @@ def test_no_more_prompts_are_set_aside_than_stated(
         served.scheduler.start()
         served.wait_for(8)
         assert all(request.samples() == alone[:3] for request in served.requests)
-        assert most == 4
+        assert most == 4 and 4 * prompt < kept <= 5 * prompt
+        assert served.scheduler.prompt_state_bytes == 0
     for place in taken:
         engine.give_place(place)
 

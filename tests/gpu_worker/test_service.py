@@ -12,7 +12,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.errors import DeadlineExceeded, Exhausted, Incompatible, InvalidRequest
+from common.api_keys import add_key
+from common.credentials import Credentials
+from common.errors import DeadlineExceeded, Exhausted, Incompatible, InvalidRequest, PermissionDenied
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerStub
 from gpu_worker import jobs, outbox
@@ -202,6 +204,25 @@ def test_a_queue_that_is_full_says_so(quiet_link: QuietLink, tmp_path: Path) -> 
         with pytest.raises(Exhausted, match="try again later"):
             answer(worker)
         stream.close()
+
+
+def test_no_limit_given_is_the_limit_of_the_key(quiet_link: QuietLink, tmp_path: Path) -> None:
+    """The default was refused once to whoever may have less."""
+    keys = tmp_path / "keys.toml"
+    alice = Credentials(api_key=add_key(keys, "alice", max_output_tokens=7))
+    with (
+        local_worker(quiet_link, tmp_path, api_keys=keys) as worker,
+        WorkerClient(worker.address, credentials=alice) as client,
+    ):
+        for samples, given, count in ((1, {}, 7), (3, {}, 2), (1, {"max_new_tokens": 3}, 3)):
+            answers = client.answers(PROMPT, samples=samples, ignore_eos=True, **given)
+            assert [len(answer.token_ids) for answer in answers] == [count] * samples
+        lowered = {"max_new_tokens": 300, "lower_to_allowed": True, "ignore_eos": True}
+        assert len(client.answers(PROMPT, **lowered)[0].token_ids) == 7
+        with pytest.raises(PermissionDenied, match="ask for 7 tokens a request, not for 300"):
+            client.answers(PROMPT, max_new_tokens=300)
+        with pytest.raises(PermissionDenied, match="lower max_new_tokens, or the number of samples"):
+            client.answers(PROMPT, samples=8)
 
 
 def test_health_is_told_by_the_services_name_too(worker: LocalWorker) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from common.errors import CheckpointError, InvalidRequest
+from gpu_worker import tokenizer as tokenizer_module
 from gpu_worker.tokenizer import Tokenizer, _load_by_transformers, _load_unchanged
 
 CORPUS = [
@@ -27,7 +31,9 @@ CHAT_TEMPLATE = (
     "<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
+TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40).filter(
+    lambda text: "<s>" not in text and "</s>" not in text  # which are tokens without a text
+)
 
 
 def byte_level() -> Backend:
@@ -61,6 +67,22 @@ def save(backend: Backend, directory: Path, **config: object) -> Path:
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(described | config))
     return directory
+
+
+def test_transformers_has_nothing_to_say_of_long_chats(tmp_path: Path) -> None:
+    """It warned of indexing errors, in a line that was no JSON, before the request was refused."""
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    directory = save(byte_level(), tmp_path / "m", chat_template=CHAT_TEMPLATE, model_max_length=4)
+    tokenizer = Tokenizer.from_directory(directory)
+    assert tokenizer is not None
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        assert len(tokenizer.encode_chat([{"role": "user", "content": "serves" * 9}])) > 4
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert said == []
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +204,40 @@ def test_encode_adds_the_tokenizers_special_tokens_and_decode_drops_them(tokeniz
     assert tokenizer.decode([*ids, 1]) == "the store"
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_far_too_long_a_text_is_refused_before_all_of_it_is_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
+    """Ten million tokens took a minute and five gigabytes, to be told that they were too many."""
+    tokenizer = Tokenizer.from_directory(directory)
+    assert tokenizer is not None
+    backend, read = tokenizer._backend, []
+
+    def encode_batch(texts: list[str]) -> Any:
+        read.append(len(texts[0]))
+        return backend.encode_batch(texts)
+
+    monkeypatch.setattr(tokenizer_module, "_SLICE", 100)
+    monkeypatch.setattr(tokenizer, "_backend", SimpleNamespace(encode_batch=encode_batch))
+
+    def encode(text: str, most: int) -> list[int]:
+        if chat:
+            return tokenizer.encode_chat([{"role": "user", "content": text}], most=most)
+        return tokenizer.encode(text, most)
+
+    with pytest.raises(InvalidRequest, match=r"more than \d+ tokens, of which at most 50 are taken"):
+        encode("+" * 1_000_000, 50)
+    assert sum(read) < 1000
+    long = "the store " * 300  # of as many letters, and no more tokens
+    assert encode(long, 700) == encode(long, 1 << 20)
+
+
+def test_a_chat_is_what_transformers_makes_of_it(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "<s> grüße"}, {"role": "assistant", "content": "the pair"}]
+    theirs = tokenizer._by_transformers.apply_chat_template(messages, add_generation_prompt=True)
+    assert tokenizer.encode_chat(messages) == list(theirs["input_ids"])
+
+
 def test_chat_follows_the_template(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_chat([{"role": "user", "content": "hello"}])
     assert ids.count(0) == 2 and ids.count(1) == 1
@@ -190,11 +246,19 @@ def test_chat_follows_the_template(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("messages", "reason"),
-    [([], "no messages"), ([{"role": "tool", "content": "x"}], "rejects these messages: unknown role tool")],
+    [
+        ([], "no messages"),
+        ([{"role": "tool", "content": "x"}], "rejects these messages: unknown role tool"),
+        (
+            [{"role": "user", "content": "\ud800"}],
+            "rejects these messages",
+        ),  # from JSON: no text for a tokenizer
+        ([{"role": "user", "content": "\ud800" * 100}], "rejects these messages"),
+    ],
 )
 def test_chats_that_are_rejected(tokenizer: Tokenizer, messages: list[dict[str, str]], reason: str) -> None:
     with pytest.raises(InvalidRequest, match=reason):
-        tokenizer.encode_chat(messages)
+        tokenizer.encode_chat(messages, most=10)
 
 
 def test_chat_without_a_template(sentencepiece_like: Tokenizer, tokenizer: Tokenizer) -> None:

@@ -28,9 +28,9 @@ PROMPT = [1, 2, 3]
 
 @pytest.fixture(autouse=True, scope="module")
 def any_free_port() -> Iterator[None]:
-    start = metrics._start_http_server
+    server = metrics._PageServer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "_start_http_server", lambda port, host, registry: start(0, host, registry))
+        patch.setattr(metrics, "_PageServer", lambda host, port, registry: server(host, 0, registry))
         yield
 
 

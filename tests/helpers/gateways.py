@@ -7,6 +7,8 @@ blocking clients.
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -30,6 +32,8 @@ from gpu_worker.gateway.server import HttpServer
 
 WAIT = 20.0  # seconds; far more than anything here takes
 MODEL = "scripted"
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
 
 Script = Callable[[pb.GenerateRequest], AsyncIterator[pb.GenerateEvent]]
 
@@ -172,6 +176,23 @@ def serving(
         finally:
             loop.run(stop())
     assert not failures
+
+
+def call(
+    served: Served, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and the body, parsed if it is JSON. Anything but text is sent as JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=WAIT)
+    data = body if body is None or isinstance(body, bytes | str | Iterator) else json.dumps(body)
+    try:
+        chunked = isinstance(data, Iterator)
+        connection.request(method, path, data, {**JSON, **(headers or {})}, encode_chunked=chunked)
+        response = connection.getresponse()
+        text = response.read()
+        is_json = response.headers["content-type"].startswith("application/json")
+        return response.status, dict(response.headers), json.loads(text) if is_json else text.decode()
+    finally:
+        connection.close()
 
 
 def cut(text: str, data: st.DataObject) -> list[str]:

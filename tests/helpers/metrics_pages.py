@@ -67,12 +67,16 @@ def lint(families: Iterable[Metric]) -> Iterator[str]:
 
 
 def everything_exported() -> Families:
-    """All families of all three processes, of a worker with a GPU and a store with a worker."""
+    """All families of all three processes."""
+    return {name: family for registry in registries() for name, family in of_registry(registry).items()}
+
+
+def registries() -> list[CollectorRegistry]:
+    """Of all three processes: a worker with a GPU, a gateway, and a store with a worker."""
     worker = pb.WorkerStats(vram_budget=1, layers=[pb.LayerCounters(hits=1)])
     store = store_pb.StoreStats(leases=[store_pb.LeaseInfo(worker="w")])
-    registries = [
+    return [
         WorkerMetrics(lambda: worker_figures(worker, pb.ModelInfoReply())).registry,
         GatewayMetrics(lambda: 0).registry,
         new_registry(lambda: store_figures(store)),
     ]
-    return {name: family for registry in registries for name, family in of_registry(registry).items()}

@@ -93,7 +93,7 @@ class LocalWorker:
         assert self.worker is not None
         assert self.worker._scheduler is not None
         deadline = time.monotonic() + WAIT
-        while self.worker.life.calls or self.worker._scheduler.running or self.worker._scheduler.waiting:
+        while self.worker.life.calls or self.worker._scheduler.jobs:
             assert time.monotonic() < deadline, "requests are left"
             time.sleep(0.002)
 

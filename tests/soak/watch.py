@@ -86,6 +86,8 @@ def _counts(worker: pb.WorkerStats, store: store_pb.StoreStats) -> dict[str, int
     """What must come back to what it was."""
     return {
         "running": worker.running,
+        "set aside": worker.set_aside,
+        "bytes of prompts set aside": worker.prompt_state_bytes,
         "waiting": worker.waiting,
         "places taken": worker.places_taken,
         "slots pinned": worker.slots_pinned,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.errors import Unavailable
+from common.errors import Exhausted, Unavailable
 from gpu_worker.client import retries
 from gpu_worker.client.retries import Attempts
 
@@ -43,6 +43,22 @@ def test_the_callers_own_limit_counts_from_its_call(clock: SimpleNamespace) -> N
     with pytest.raises(Unavailable):
         fail_on(attempts, clock)
     assert 1060.0 < clock.now <= 1060.5
+
+
+def test_a_refusal_that_says_when_is_asked_again_then_and_not_before(clock: SimpleNamespace) -> None:
+    attempts = Attempts(retry_for=10.0, timeout=None)
+    assert 4.0 < attempts.pause_after(Exhausted("too many a minute", retry_after=4)) <= 4.1
+
+
+@pytest.mark.parametrize(("retry_for", "after"), [(10.0, 10), (10.0, None), (0.0, 1)])
+def test_a_refusal_that_ends_too_late_or_never_is_told_as_it_is(
+    clock: SimpleNamespace, retry_for: float, after: int | None
+) -> None:
+    """Whoever asked sees when to come back."""
+    refusal = Exhausted("too many a minute", retry_after=after)
+    with pytest.raises(Exhausted) as told:
+        Attempts(retry_for, timeout=None).pause_after(refusal)
+    assert told.value is refusal
 
 
 def test_no_time_to_retry_is_no_second_attempt(clock: SimpleNamespace) -> None:

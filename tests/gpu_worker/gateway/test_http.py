@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.api_keys import KeyRing, add_key
 from gpu_worker.gateway import middleware, responding
 from tests.helpers.gateways import (
+    CHATS,
+    COMPLETIONS,
     WAIT,
     LoopThread,
     ScriptedWorker,
     Served,
+    call,
     delta,
     endless,
     events,
@@ -26,26 +26,6 @@ from tests.helpers.gateways import (
     says,
     serving,
 )
-
-COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
-JSON = {"Content-Type": "application/json"}
-
-
-def call(
-    served: Served, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
-) -> tuple[int, dict[str, str], Any]:
-    """Status, headers and the body, parsed if it is JSON. Anything but text is sent as JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=WAIT)
-    data = body if body is None or isinstance(body, bytes | str | Iterator) else json.dumps(body)
-    try:
-        chunked = isinstance(data, Iterator)
-        connection.request(method, path, data, {**JSON, **(headers or {})}, encode_chunked=chunked)
-        response = connection.getresponse()
-        text = response.read()
-        is_json = response.headers["content-type"].startswith("application/json")
-        return response.status, dict(response.headers), json.loads(text) if is_json else text.decode()
-    finally:
-        connection.close()
 
 
 def start(served: Served, **body: Any) -> socket.socket:
@@ -116,13 +96,6 @@ def test_request_ids(served: Served, worker: ScriptedWorker) -> None:
     assert headers["x-request-id"] == worker.metadata[-1]["x-request-id"] != "not fit"
     _, headers, _ = call(served, "GET", "/nowhere")
     assert headers["x-request-id"]
-
-
-def test_the_key_is_shown_to_the_worker(served: Served, worker: ScriptedWorker) -> None:
-    call(served, "POST", COMPLETIONS, {"prompt": "x"}, {"Authorization": "Bearer abc"})
-    assert worker.metadata[-1]["authorization"] == "Bearer abc"
-    call(served, "POST", COMPLETIONS, {"prompt": "x"})
-    assert "authorization" not in worker.metadata[-1]
 
 
 @pytest.mark.parametrize(
@@ -303,46 +276,6 @@ def test_what_does_not_finish_is_told_so(loop: LoopThread, tmp_path: Path) -> No
             assert loop.run(served.gateway.drain(0.1)) is False
             assert b"the gateway ends" in read_until(raw, b"\r\n0\r\n\r\n")
         assert served.worker.cancelled.acquire(timeout=1.0)
-
-
-def test_keys(loop: LoopThread, tmp_path: Path) -> None:
-    file = tmp_path / "keys.toml"
-    shown = {
-        "Authorization": f"Bearer {add_key(file, 'alice', max_output_tokens=100, requests_per_minute=3)}"
-    }
-    chat = {"messages": [{"role": "user", "content": "x"}]}
-    with serving(loop, tmp_path, keys=KeyRing(file)) as served:
-        for headers in ({}, {"Authorization": "Bearer es-wrong"}):
-            for method, path in (("GET", "/v1/models"), ("POST", COMPLETIONS), ("GET", "/metrics")):
-                status, answer, reply = call(served, method, path, headers=headers)
-                assert (status, answer["www-authenticate"]) == (401, "Bearer")
-                assert reply["error"]["code"] == "invalid_api_key"
-        assert call(served, "GET", "/health")[0] == 200
-        assert call(served, "GET", "/v1/models", headers=shown)[0] == 200
-        assert call(served, "POST", CHATS, chat, shown)[0] == 200
-        assert served.worker.requests[-1].sampling.max_new_tokens == 100  # what there is room for
-        status, _, reply = call(served, "POST", COMPLETIONS, {"prompt": "x", "max_tokens": 60, "n": 2}, shown)
-        assert status == 403 and "100 tokens" in reply["error"]["message"]
-        assert call(served, "POST", COMPLETIONS, {"prompt": "x", "max_tokens": 100}, shown)[0] == 200
-        status, headers, _ = call(served, "POST", COMPLETIONS, {"prompt": "x"}, shown)
-        assert status == 429 and 50 < int(headers["retry-after"]) <= 60, "when the minute is over"
-
-
-def test_each_prompt_counts_as_a_request_of_the_key(loop: LoopThread, tmp_path: Path) -> None:
-    file = tmp_path / "keys.toml"
-    key = add_key(file, "alice", max_concurrent_requests=2, requests_per_minute=5)
-    shown, keys = {"Authorization": f"Bearer {key}"}, KeyRing(file)
-    with serving(loop, tmp_path, keys=keys) as served:
-        for prompts, status, says in (
-            (2, 200, ""),
-            (3, 429, "2 requests at a time"),  # the first of them has begun
-            (2, 200, ""),
-            (1, 429, "5 requests a minute"),
-        ):
-            got, headers, reply = call(served, "POST", COMPLETIONS, {"prompt": ["x"] * prompts}, shown)
-            assert got == status and says in str(reply)
-        assert int(headers["retry-after"]) > 50
-        assert len(served.worker.requests) == 4 and keys.find(shown["Authorization"]).running == 0
 
 
 class Slowly:

@@ -128,7 +128,7 @@ def test_a_chat_as_the_worker_gets_it(client: openai.OpenAI, worker: ScriptedWor
     assert asked.priority == -2
     assert asked.sampling == pb.SamplingParams(
         temperature=1, top_k=3, top_p=0.5, min_p=0.25, repetition_penalty=1.5, max_new_tokens=1000,
-        ignore_eos=True,
+        ignore_eos=True, lower_to_allowed=True,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from tests.helpers.workers import QuietLink, local_worker
@@ -53,11 +53,13 @@ class Terminal:
 def test_it_outlives_the_worker_and_leaves_the_terminal_as_it_was(
     quiet_link: QuietLink, tmp_path: Path
 ) -> None:
-    with local_worker(quiet_link, tmp_path) as worker:
-        command = (str(SCRIPTS / "gpu-worker"), "top", "--interval", "0.2")
-        terminal = Terminal(*command, "--worker", str(worker.address))
-        terminal.expect("cpu, float32, direct")
-        terminal.expect("no request is in progress")
-    terminal.expect("nothing answers")
-    assert terminal.interrupt() == 0
+    with ExitStack() as stack:
+        with local_worker(quiet_link, tmp_path) as worker:
+            command = (str(SCRIPTS / "gpu-worker"), "top", "--interval", "0.2")
+            terminal = Terminal(*command, "--worker", str(worker.address))
+            stack.callback(terminal.popen.kill)  # it would outlive a test that fails, too
+            terminal.expect("cpu, float32, direct")
+            terminal.expect("no request is in progress")
+        terminal.expect("nothing answers")
+        assert terminal.interrupt() == 0
     assert terminal.written.count(b"\x1b[?1049h") == terminal.written.count(b"\x1b[?1049l") == 1

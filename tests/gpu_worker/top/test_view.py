@@ -37,12 +37,13 @@ def busy() -> History:
     sequences = [
         pb.SequenceInfo(request_id="chat", state="decode", completion_tokens=143, tokens_per_second=64.2),
         pb.SequenceInfo(request_id="book", state="prefill", prompt_tokens=9000, prompt_tokens_read=4096),
+        pb.SequenceInfo(request_id="many", state="set aside", completion_tokens=20),
         *(pb.SequenceInfo(request_id=f"w{n}", state="waiting", prompt_tokens=5) for n in range(4)),
     ]
     fields = {
-        "running": 2, "waiting": 4, "requests": 10, "requests_failed": 1, "slots_per_layer": 30,
-        "slot_bytes": 4_480_000_000, "vram_budget": 8_000_000_000, "vram_used": 6_000_000_000,
-        "sequences": sequences, "policy": "lru, decided on the device",
+        "running": 2, "waiting": 4, "set_aside": 1, "requests": 11, "requests_failed": 1,
+        "slots_per_layer": 30, "slot_bytes": 4_480_000_000, "vram_budget": 8_000_000_000,
+        "vram_used": 6_000_000_000, "sequences": sequences, "policy": "lru, decided on the device",
     }  # fmt: skip
     for second in range(5):
         history.add(answer(100 + second, 150 * second, 2_000_000_000 * second, 10 * second + 5, **fields))
@@ -66,7 +67,7 @@ def test_a_busy_worker_is_told_in_rates_states_and_rows(width: int) -> None:
         "150 tok/s",
         "2 GB/s",
         "1 GB/s",
-        "2 running, 4 waiting",
+        "2 running, 1 set aside, 4 waiting"[: width - 55],
         "4, 1 of them failed",
         "30 of 128 a layer, 4.48 GB",
         "attached, 2,000 of 2,944 frames",
@@ -100,8 +101,15 @@ def test_colours_go_from_red_to_green() -> None:
 
 def test_rows_that_do_not_fit_are_counted() -> None:
     shown = text(View(busy(), height=18)).splitlines()
-    assert len(shown) <= 18 and shown[-1].strip() == "and 3 more"
-    assert text(View(busy(), height=5)).splitlines()[-1].strip() == "and 6 more"
+    assert len(shown) <= 18 and shown[-1].strip() == "and 4 more"
+    assert text(View(busy(), height=5)).splitlines()[-1].strip() == "and 7 more"
+
+
+def test_requests_that_the_worker_does_not_tell_one_by_one_are_counted() -> None:
+    history = History(MODEL)
+    told = [pb.SequenceInfo(request_id=f"w{n}", state="waiting") for n in range(64)]
+    history.add(answer(7, 0, 0, 0, running=2, waiting=98, sequences=told))
+    assert text(View(history)).splitlines()[-1].strip() == "and 36 more"
 
 
 def test_a_worker_on_a_cpu_whose_store_is_gone() -> None:
