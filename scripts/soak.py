@@ -52,12 +52,12 @@ def main() -> None:
         draw = random.Random(args.seed)
         # Whatever is allocated at first use, and for the longest prompt.
         ask(client, tuple(token % info.vocab_size for token in range(info.max_context // 2)), 8)
-        before = memory()
+        before = memory(client)
         started = time.monotonic()
         repeated = sum(soak(client, draw, args.requests, info.vocab_size, info.max_context))
         steps = min(args.steps, info.max_context - 8)
         ask(client, tuple(range(8)), steps)
-        after = memory()
+        after = memory(client)
         stats = client.stats()
         failed = stats.requests_failed - failed_before
     took = time.monotonic() - started
@@ -102,9 +102,12 @@ def ask(client: WorkerClient, prompt: tuple[int, ...], new: int) -> Asked:
     return Asked(prompt, new, tuple(generated.token_ids))
 
 
-def memory() -> dict[str, int]:
-    """Resident bytes of the worker's processes on this machine, and what is used of the device's memory."""
-    sizes = {}
+def memory(client: WorkerClient) -> dict[str, int]:
+    """Resident bytes of the worker's processes on this machine, and what is used of the device's memory.
+
+    Beginnings of prompts that are kept, which have a budget of their own, are left out.
+    """
+    sizes, kept = {}, client.stats().prefix_bytes
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             command = (status.parent / "cmdline").read_bytes().split(b"\0")
@@ -112,7 +115,8 @@ def memory() -> dict[str, int]:
         except OSError:
             continue  # it has ended meanwhile
         if any(word.endswith(b"gpu-worker") for word in command[:2]) and b"start" in command:
-            sizes[f"worker {status.parent.name}, resident"] = int(fields["RssAnon"].split()[0]) * 1024
+            resident = int(fields["RssAnon"].split()[0]) * 1024
+            sizes[f"worker {status.parent.name}, resident beside the prefix cache"] = resident - kept
     try:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         used = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
