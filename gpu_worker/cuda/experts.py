@@ -46,6 +46,7 @@ class DeviceExperts:
         self.cache = cache
         self._copies, self._config = copies, config
         self._counters = CacheCounters.of_layers(config.num_layers)
+        self._not_looked_up = 0  # choices of each layer that were hits before anybody asked
         guesses = self.device_drives(1) and usable(config) and len(gates) > 1
         fetch = CountedFetch(copies.fetch, self._counters, hints.note_misses)
         self.ring = StagingRing(copies, fetch, layouts.stride, cache.pool.device)
@@ -76,7 +77,10 @@ class DeviceExperts:
     @property
     def counters(self) -> CacheCounters:
         """Of steps, which the device counts, and of what the host drove; waits for the device."""
-        return self.cache.counters().plus(self._counters)
+        counters = self.cache.counters().plus(self._counters)
+        for layer in counters.layers:
+            layer.hits += self._not_looked_up
+        return counters
 
     @property
     def wants_hints(self) -> bool:
@@ -95,8 +99,7 @@ class DeviceExperts:
         """Before every step that the device drives, once the last one's results were looked at."""
         self._ahead.before_step()
         if self.cache.holds_all:  # then nothing is looked up, nor counted on the device
-            for layer in self._counters.layers:
-                layer.hits += rows * self._config.num_experts_per_tok
+            self._not_looked_up += rows * self._config.num_experts_per_tok
 
     def steps(self, rows: int) -> StepExperts:
         """What computes the experts of a step of so many sequences."""

@@ -23,6 +23,7 @@ BITS = 5
 GIGA_WEIGHTS = INTERMEDIATE * HIDDEN / 1e9  # of one matrix
 MATRICES = 48  # 156 MB of packed weights: far beyond any cache
 ROUNDS = 7
+SEVERAL = (2, 4, 6, 8, 16, 128)  # rows: of an expert in a prompt, and of a dense matrix
 SCALING = 0.85  # of linear, from one core to two
 
 Times = dict[int, list[tuple[float, float]]]  # by threads: seconds of (products, reading as many bytes)
@@ -32,8 +33,8 @@ def benchmark() -> Iterator[Comparison | Figure]:
     """Products of one row and of several, then the error of each path."""
     matrices = [_random_matrix() for _ in range(MATRICES)]
     yield from _one_row(matrices)
-    for rows in (6, 16):
-        x, used = torch.randn(rows, HIDDEN), matrices[: MATRICES // rows]
+    for rows in SEVERAL:
+        x, used = torch.randn(rows, HIDDEN), matrices[: max(1, MATRICES // rows)]
         products = rates(_products(used, x), len(used) * rows * GIGA_WEIGHTS, ROUNDS)
         yield Figure.median(f"product, {rows} rows, {machine.cores()} cores", products, "G multiplications/s")
     yield from _accuracy()

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -42,17 +43,20 @@ void pieces(int64_t count, int64_t size, const Body& body) {
 
 int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 
-// Rows of floats, each at a multiple of 64 bytes.
+// Rows of floats, each at a multiple of 64 bytes, that hold nothing yet. Their stride is an odd number of blocks, or
+// nearly: blocks a multiple of a page apart would compete for the same few places of the L1 cache.
 class Rows {
    public:
-    Rows(int64_t rows, int64_t columns) : stride_((columns + 15) / 16 * 16), memory_(rows * stride_ + 16) {
-        start_ = memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / 4;
+    Rows(int64_t rows, int64_t columns)
+        : stride_((columns + 15) / 16 * 16 + (columns / kBlock % 2 ? 0 : kBlock)),
+          memory_(new float[rows * stride_ + 16]) {
+        start_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64 / 4;
     }
     float* operator[](int64_t row) { return start_ + row * stride_; }
 
    private:
     int64_t stride_;
-    std::vector<float> memory_;
+    std::unique_ptr<float[]> memory_;
     float* start_;
 };
 

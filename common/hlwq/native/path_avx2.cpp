@@ -14,6 +14,7 @@ namespace hlwq {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kFewRows = 8;  // as many sums fit the registers beside what looks up
 constexpr int kPanelRows = 3, kPanelOuts = 4;  // twelve sums, three activations and a weight: all registers
 typedef float Vec __attribute__((vector_size(32)));
 
@@ -196,7 +197,9 @@ struct Lookup<8, SPLIT> : Gather<8> {
     }
 }
 
+// As in path_avx512.cpp.
 [[gnu::always_inline]] inline void keep(Vec& value) { asm("" : "+x"(value)); }
+[[gnu::always_inline]] inline void pin(Vec& value) { asm volatile("" : "+x"(value)); }
 
 #include "path.inc"
 

@@ -14,6 +14,7 @@ namespace hlwq {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kFewRows = 1;  // none: look-ups are short here, and a tile does them once for all rows
 constexpr int kPanelRows = 6, kPanelOuts = 4;  // 24 sums, six activations and a weight, of 32 registers
 typedef float Vec __attribute__((vector_size(64)));
 
@@ -159,6 +160,9 @@ struct Lookup {
 
 // Makes the compiler hold a value in a register where it would load it again for every use.
 [[gnu::always_inline]] inline void keep(Vec& value) { asm("" : "+v"(value)); }
+
+// Also, in the order in which such values are computed.
+[[gnu::always_inline]] inline void pin(Vec& value) { asm volatile("" : "+v"(value)); }
 
 #define HLWQ_SMALL_NEAREST "nearest_avx512.inc"
 #include "path.inc"

@@ -7,6 +7,7 @@ namespace hlwq {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kFewRows = 1;  // none: look-ups take long here, and a tile does them once for all rows
 constexpr int kPanelRows = 3, kPanelOuts = 4;
 typedef float Vec __attribute__((vector_size(64)));
 
@@ -62,6 +63,7 @@ inline void raw_weights(const uint16_t* source, Vec w[4]) {
 }
 
 inline void keep(Vec&) {}
+inline void pin(Vec&) {}
 
 #include "path.inc"
 

@@ -100,6 +100,18 @@ def test_product_of_many_rows(path: str, bits: int, rows: int) -> None:
     assert torch.equal(got, torch.cat([matrix.product(row[None]) for row in x]))
 
 
+@pytest.mark.parametrize("columns", [300, 512])
+@pytest.mark.parametrize("rows", range(2, 20))
+def test_every_number_of_rows(path: str, rows: int, columns: int) -> None:
+    """Small numbers have kernels of their own, and so have outputs that do not fill a tile or a vector."""
+    for out, rounded in ((16, True), (39, True), (39, False)):
+        matrix = random_matrix(out, columns, 5, rounded)
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+        got = matrix.product(x)
+        assert relative_error(got, x.double() @ decoded(matrix).T) <= (EXACT if rounded else SPLIT)
+        assert torch.equal(got, torch.cat([matrix.product(row[None]) for row in x]))
+
+
 @several
 @given(shape=shapes)
 def test_decode(path: str, shape: tuple[int, int, int, bool]) -> None:
