@@ -84,9 +84,9 @@ def copy(
     """As `copy_plain`."""
     (_, slots, stride), count = pool.shape, orders.claimed.shape[1]
     _copy_kernel[(programs,)](
-        layers[0], *orders, arena_base, pool.view(torch.int32),
-        LAYERS=len(layers), ORDERS=count, LANES=lanes(len(layers) * count, _WARPS), SLOTS=slots,
-        WORDS=stride // 4, CHUNK=CHUNK, WAIT=wait, num_warps=_WARPS, **overlapping(),
+        layers.start, layers.stop, *orders, arena_base, pool.view(torch.int32), slots,
+        ORDERS=count, LANES=lanes(len(layers) * count, _WARPS), WORDS=stride // 4, CHUNK=CHUNK, WAIT=wait,
+        num_warps=_WARPS, **overlapping(),
     )  # fmt: skip
 
 
@@ -126,17 +126,18 @@ def _undone(done, due, order, exists):
     return tl.sum((exists & (copied < tl.load(due + order, mask=exists, other=0))).to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["first"])
+# Numbers of layers and slots are no constants: each would be a kernel of its own, to be compiled at start.
+@triton.jit(do_not_specialize=["first", "end", "slots"])
 def _copy_kernel(
-    first, frame, slot, claimed, done, due, arena_base, pool,
-    LAYERS: tl.constexpr, ORDERS: tl.constexpr, LANES: tl.constexpr, SLOTS: tl.constexpr,
-    WORDS: tl.constexpr, CHUNK: tl.constexpr, WAIT: tl.constexpr, OVERLAP: tl.constexpr,
+    first, end, frame, slot, claimed, done, due, arena_base, pool, slots,
+    ORDERS: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
+    WAIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     CHUNKS: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
     NONE: tl.constexpr = 1 << 30
     order, base = first * ORDERS + tl.arange(0, LANES), tl.load(arena_base)
-    exists = order < (first + LAYERS) * ORDERS
+    exists = order < end * ORDERS
     undone = _undone(done, due, order, exists) if WAIT else 1
     while undone > 0:
         mine = _first_open(claimed, order, exists, CHUNKS, NONE)
@@ -146,7 +147,7 @@ def _copy_kernel(
                 address = base + tl.load(frame + mine).to(tl.int64) * (WORDS * 4)
                 # The compiler cannot know how an address from memory is aligned; it must, to load 16 bytes.
                 source = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
-                place = (mine // ORDERS).to(tl.int64) * SLOTS + tl.load(slot + mine)
+                place = (mine // ORDERS).to(tl.int64) * slots + tl.load(slot + mine)
                 word = chunk * CHUNK + tl.arange(0, CHUNK)
                 inside = word < WORDS
                 tl.store(pool + place * WORDS + word, tl.load(source + word, mask=inside), mask=inside)

@@ -92,30 +92,30 @@ def reserve(
     stride: int,
 ) -> None:
     """As `reserve_plain`, a layer a program; 128 pairs a layer at most."""
-    pairs = choices[0].numel()
+    pairs, slots = choices[0].numel(), directory.expert_of.shape[1]
     _reserve_kernel[(len(choices),)](
-        choices, first, *directory[:5], *awaited, *orders, frame_of, enabled,
-        MOST=most_guesses(directory.expert_of.shape[1], pairs),
+        choices, first, slots, *directory[:5], *awaited, *orders, frame_of, enabled,
+        MOST=most_guesses(slots, pairs),
         **deciding(pairs, directory, orders, policy, stride),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "slots"])
 def _reserve_kernel(
-    choices, first, slot_of, expert_of, last_used, uses, clock,
+    choices, first, slots, slot_of, expert_of, last_used, uses, clock,
     awaited_expert, counters, order_frame, order_slot, claimed, done, due, frame_of, enabled,
-    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr, PADDED_SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr, PAIRS: tl.constexpr, PADDED_SLOTS: tl.constexpr,
     PADDED_PAIRS: tl.constexpr, ORDERS: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr,
     MOST: tl.constexpr, CHUNKS: tl.constexpr, FREQUENCY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     pair, slot, guess = tl.arange(0, PADDED_PAIRS), tl.arange(0, PADDED_SLOTS), tl.arange(0, LANES)
-    chosen, exists = pair < PAIRS, slot < SLOTS
+    chosen, exists = pair < PAIRS, slot < slots
     choices += tl.program_id(0) * PAIRS
     layer = first + tl.program_id(0)
     slot_of += layer * EXPERTS
-    expert_of += layer * SLOTS
-    uses += layer * SLOTS
+    expert_of += layer * slots
+    uses += layer * slots
     counters += layer * 3
     awaited_expert += layer * AHEAD + guess
     order = layer * ORDERS + guess
@@ -123,7 +123,7 @@ def _reserve_kernel(
     expert = tl.load(choices + pair, mask=chosen, other=EXPERTS).to(tl.int32)
     place = tl.load(slot_of + expert, mask=chosen, other=-1)
     resident = tl.load(expert_of + slot, mask=exists, other=-1)
-    recency = tl.load(last_used + layer * SLOTS + slot, mask=exists, other=0)
+    recency = tl.load(last_used + layer * slots + slot, mask=exists, other=0)
     frequency = tl.load(uses + slot, mask=exists, other=0)
     now = tl.load(clock + layer) + 1
     on = tl.load(enabled)

@@ -101,7 +101,7 @@ def resolve(
 ) -> None:
     """As `resolve_plain`, in one program."""
     _resolve_kernel[(1,)](
-        choices, layer, *directory, *awaited, *orders, frame_of, slot_ids,
+        choices, layer, directory.expert_of.shape[1], *directory, *awaited, *orders, frame_of, slot_ids,
         STRIDE=stride, **deciding(choices.numel(), directory, orders, policy, stride),
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def deciding(pairs: int, directory: Directory, orders: Orders, policy: str, stri
     # Slots are compared each with each, and so are pairs: one warp while 32 comparisons a thread will do.
     warps = min(8, max(1, max(padded_slots, padded_pairs) ** 2 // 1024))
     return {
-        "EXPERTS": directory.slot_of.shape[1], "SLOTS": slots, "PAIRS": pairs, "PADDED_SLOTS": padded_slots,
+        "EXPERTS": directory.slot_of.shape[1], "PAIRS": pairs, "PADDED_SLOTS": padded_slots,
         "PADDED_PAIRS": padded_pairs, "ORDERS": orders.claimed.shape[1], "AHEAD": AHEAD,
         "LANES": lanes(AHEAD, warps), "CHUNKS": chunks_of(stride), "FREQUENCY": policy == "lfru",
         "num_warps": warps, **overlapping(),
@@ -221,21 +221,21 @@ def _settle_guesses(
         tl.atomic_add(counters + 2, copied, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "slots"])
 def _resolve_kernel(
-    choices, layer, slot_of, expert_of, last_used, uses, clock, counters,
+    choices, layer, slots, slot_of, expert_of, last_used, uses, clock, counters,
     awaited_expert, awaited_counters, order_frame, order_slot, claimed, done, due, frame_of, slot_ids,
-    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr, PADDED_SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr, PAIRS: tl.constexpr, PADDED_SLOTS: tl.constexpr,
     PADDED_PAIRS: tl.constexpr, ORDERS: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr,
     CHUNKS: tl.constexpr, STRIDE: tl.constexpr, FREQUENCY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     pair, slot, guess = tl.arange(0, PADDED_PAIRS), tl.arange(0, PADDED_SLOTS), tl.arange(0, LANES)
-    chosen, exists = pair < PAIRS, slot < SLOTS
+    chosen, exists = pair < PAIRS, slot < slots
     slot_of += layer * EXPERTS
-    expert_of += layer * SLOTS
-    last_used += layer * SLOTS
-    uses += layer * SLOTS
+    expert_of += layer * slots
+    last_used += layer * slots
+    uses += layer * slots
     counters += layer * 2
     awaited_expert += layer * AHEAD
     awaited_counters += layer * 3
