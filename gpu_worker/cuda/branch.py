@@ -15,8 +15,9 @@ class Branch:
     """One stream beside the current one.
 
     Between a fork and its join the branch may read what the current stream had written before the fork, and
-    nobody else reads what the branch writes. Tensors that it reads must live until the join: once they are
-    freed, the current stream writes to their memory again. What the branch allocates is reused by it alone.
+    nobody else reads what the branch writes, unless kernels agree by atomics as those of `kernels.orders` do.
+    Tensors that it reads must live until the join: once they are freed, the current stream writes to their
+    memory again. What the branch allocates is reused by it alone.
     """
 
     def __init__(self, device: torch.device, first: bool = False) -> None:

@@ -17,7 +17,6 @@ from common.record import RecordLayouts
 from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.fetch_ahead import FetchAhead
 from gpu_worker.cuda.host_steps import HostSteps
-from gpu_worker.cuda.kernels.router import usable
 from gpu_worker.cuda.prompt_experts import PromptExperts
 from gpu_worker.cuda.record_copies import RecordCopies, wait_for
 from gpu_worker.cuda.staging_ring import StagingRing
@@ -47,14 +46,14 @@ class DeviceExperts:
         self._copies, self._config = copies, config
         self._counters = CacheCounters.of_layers(config.num_layers)
         self._not_looked_up = 0  # choices of each layer that were hits before anybody asked
-        guesses = self.device_drives(1) and usable(config) and len(gates) > 1
         fetch = CountedFetch(copies.fetch, self._counters, hints.note_misses)
         self.ring = StagingRing(copies, fetch, layouts.stride, cache.pool.device)
-        self._hints, self._ahead = hints, FetchAhead(hints.mode, cache, self.ring, guesses)
         ahead = self._by_device and hints.mode != "off"
         self._prompts = PromptExperts(layouts, cache, self.ring, ahead, self._counters)
         self._host = HostSteps(layouts, cache, copies, fetch, self._counters, hints, gates, config)
         self._device = SlotSteps(layouts, cache, gates, config, ahead)
+        able = self._device.can_guess(config.num_experts_per_tok)
+        self._hints, self._ahead = hints, FetchAhead(hints.mode, cache, self.ring, able)
         if self._by_device:
             cache.attach(copies.arena.address, copies.arena.frame_of)
         if self._by_device and cache.holds_all:

@@ -34,9 +34,8 @@ class FetchAhead:
         Waits for the device."""
         made, useful, copied = map(sum, zip(*self._cache.awaited.counters.tolist(), strict=True))
         needed = useful * self._cache.pool.shape[2]  # what was chosen is copied to its end
-        # A copy in progress may be chosen already.
-        wasted = max(0, copied - needed)
-        return HintCounters(made, useful, needed + self._ring.useful_bytes, wasted + self._ring.wasted_bytes)
+        wasted = copied - needed + self._ring.wasted_bytes
+        return HintCounters(made, useful, needed + self._ring.useful_bytes, wasted)
 
     def describe(self) -> str:
         """What is in force, and why."""
@@ -53,7 +52,7 @@ class FetchAhead:
     def before_step(self) -> None:
         """Before every step that the device drives, once the last one's results were looked at."""
         self._steps += 1
-        if self.mode != "auto" or self._cache.holds_all or self._steps % _JUDGED_STEPS:
+        if self.mode != "auto" or not self._able or self._steps % _JUDGED_STEPS:
             return
         now, before = self.counters, self._judged
         self._judged = now

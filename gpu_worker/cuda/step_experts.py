@@ -77,8 +77,13 @@ class SlotSteps:
     ) -> None:
         """`gates`: the routers of all layers; `ahead`: whether to copy ahead at all."""
         self._kernels, self._cache, self._config = kernels_of(layouts, SlotKernels), cache, config
-        self._gates = _stacked(gates) if ahead and usable(config) and len(gates) > 1 else None
+        able = ahead and not cache.holds_all and usable(config)
+        self._gates = _stacked(gates) if able and len(gates) > 1 else None
         self._copies, self._guesses = (Branch(cache.pool.device, first=True) for _ in range(2))
+
+    def can_guess(self, pairs: int) -> bool:
+        """Whether something is copied ahead in steps of so many pairs of rows and experts."""
+        return self._gates is not None and self._cache.can_guess(pairs)
 
     def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
         pool, k = self._cache.pool[layer], choices.shape[1]
@@ -103,7 +108,7 @@ class SlotSteps:
 
     def _guessed(self, layer: int, pairs: int) -> range:
         """The layers whose choices are guessed from what this one reads, in a step of so many pairs."""
-        if self._gates is None or layer < 0 or not self._cache.can_guess(pairs):
+        if layer < 0 or not self.can_guess(pairs):
             return range(0)
         return range(layer + 1, min(layer + 1 + DEPTH, len(self._kernels)))
 

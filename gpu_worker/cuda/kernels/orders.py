@@ -25,7 +25,7 @@ from gpu_worker.cuda.kernels.packed_words import INTERPRETED
 PROGRAMS = 2 if INTERPRETED else 8
 CHUNK = 1024 if INTERPRETED else 8192  # int32 words
 _WARPS = 4
-AHEAD = 4  # the first orders of a layer are guesses; a power of 2
+AHEAD = 4  # the first orders of a layer are guesses
 GIVEN_UP = tl.constexpr(1 << 20)  # added to what is claimed, so that nothing is any more
 
 
@@ -60,8 +60,9 @@ def copy_plain(layers: range, orders: Orders, arena_base: Tensor, pool: Tensor, 
     """Copy what is ordered for `layers` to pool (layers, slots, stride) uint8.
 
     arena_base (1,) int64 is the device's address of frame 0; frames lie a stride apart, a multiple of 4096.
-    (The twin reads by the same address on the host, which is what unified addressing makes of it.) With
-    `wait` all of it is there when the launch has ended, whoever copied it.
+    (The twin reads by the same address on the host, which is what unified addressing makes of it. It takes
+    orders that nobody has begun, or done.) With `wait` all of it is there when the launch has ended, whoever
+    copied it.
     """
     stride = pool.shape[2]
     for layer in layers:

@@ -132,10 +132,10 @@ def _reserve_kernel(
     same = expert[:, None] == awaited[None, :]
     doubtful = (awaited >= 0) & (tl.max(same.to(tl.int32), 0) == 0)
     coming = tl.max(same.to(tl.int32), 1) > 0
-    wanted = first_of_equals(expert, chosen, pair) & (place < 0) & ~coming
+    wanted = first_of_equals(expert, chosen, pair) & (place < 0) & ~coming & (pair < PAIRS * on)
     if tl.max(doubtful.to(tl.int32), 0) + tl.max(wanted.to(tl.int32), 0) == 0:
         return
-    # Exchanges know no mask, but there is no claim of -1 chunks: only doubtful guesses are exchanged, if
+    # This knows no mask, but there is no claim of -1 chunks: only doubtful guesses are exchanged, if
     # nobody has begun to copy them. Lanes beyond AHEAD look at the first order of all.
     known = tl.where(guess < AHEAD, order, 0)
     there, then = tl.where(doubtful, 0, -1), tl.full([LANES], GIVEN_UP, tl.int32)
@@ -145,7 +145,7 @@ def _reserve_kernel(
     its_slot = tl.load(order_slot + order, mask=awaited >= 0, other=-1)
 
     turn_wanted = tl.sum((wanted[None, :] & (pair[None, :] < pair[:, None])).to(tl.int32), 1)
-    free = (awaited < 0) & (guess < MOST * on)
+    free = (awaited < 0) & (guess < MOST)
     turn_free = tl.sum((free[None, :] & (guess[None, :] < guess[:, None])).to(tl.int32), 1)
     may_go = exists & ~among(place, slot) & ~among(its_slot, slot)
     turn = turns(may_go, *worth(recency, frequency, now, resident < 0, FREQUENCY), slot)

@@ -8,7 +8,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpu_worker.cuda.branch import Branch
 from gpu_worker.cuda.device_slots import DeviceSlots
+from gpu_worker.cuda.kernels.orders import CHUNK
 from gpu_worker.cuda.kernels.slots import ABSENT
 from gpu_worker.slots.cache import LayerSlots, LayerState
 from gpu_worker.slots.counters import LayerCounters
@@ -45,11 +47,13 @@ class HostSlots:
         return [slots.state() for slots in self.layers]
 
 
-def arena_of(layers: int, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (layers * EXPERTS, STRIDE) of distinct bytes, and whose they are: (layers, EXPERTS)."""
+def arena_of(
+    layers: int, device: torch.device, seed: int = 0, stride: int = STRIDE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames (layers * EXPERTS, stride) of distinct bytes, and whose they are: (layers, EXPERTS)."""
     draw, count = torch.Generator().manual_seed(seed), layers * EXPERTS
     frame_of = torch.randperm(count, generator=draw).view(layers, EXPERTS)
-    arena = torch.empty(count, STRIDE, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    arena = torch.empty(count, stride, dtype=torch.uint8, pin_memory=device.type == "cuda")
     arena.view(torch.int32)[frame_of.flatten()] = torch.arange(count, dtype=torch.int32)[:, None]
     return arena, frame_of
 
@@ -89,9 +93,10 @@ def trace(layers: int, slots: int, seed: int, steps: int) -> Iterator[tuple[int,
 def check_records(device: DeviceSlots) -> None:
     """Every slot that holds an expert holds that expert's bytes."""
     for layer, state in enumerate(device.snapshot()):
-        first = device.pool[layer].view(torch.int32)[:, [0, -1]].tolist()
+        words = device.pool[layer].view(torch.int32)
+        bounds = torch.stack(words.aminmax(dim=1), 1).tolist()
         for slot, expert in enumerate(state.experts):
-            assert expert < 0 or first[slot] == [layer * EXPERTS + expert] * 2
+            assert expert < 0 or bounds[slot] == [layer * EXPERTS + expert] * 2
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -220,11 +225,70 @@ def test_a_captured_step(device: torch.device) -> None:
         check_records(here)
 
 
-@pytest.mark.parametrize("table", ["slot_of", "expert_of", "last_used"])
-def test_a_damaged_directory_is_noticed(device: torch.device, table: str) -> None:
+@pytest.mark.parametrize(
+    ("tables", "table", "change"),
+    [
+        ("directory", "slot_of", 2),
+        ("directory", "expert_of", 2),
+        ("directory", "last_used", 2),
+        ("awaited", "expert", 3),
+        ("orders", "done", 1),
+    ],
+)
+def test_damage_is_noticed(device: torch.device, tables: str, table: str, change: int) -> None:
     here = device_slots(1, RANKS, "lru", device)
     places_of(here, 0, torch.arange(RANKS)[None])
     here.check_integrity()
-    getattr(here.directory, table)[0, 3] += 2
+    getattr(getattr(here, tables), table)[0, 3] += change
     with pytest.raises(AssertionError):
         here.check_integrity()
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_copies_beside_a_step(device: torch.device, captured: bool) -> None:
+    """Layers whose later choices are guessed, half of them wrongly, while what was guessed before is copied.
+
+    Whatever is given up, begun or not, and wherever: each slot has the record of its expert.
+    """
+    if captured and device.type != "cuda":
+        pytest.skip("graphs are CUDA's")
+    layers, slots, steps = 5, 12, 300 if device.type == "cuda" else 6
+    chunks = 40 if device.type == "cuda" else 2
+    here = DeviceSlots(layers, EXPERTS, slots, chunks * 4 * CHUNK, "lfru", RANKS, device)
+    arena, frame_of = arena_of(layers, device, stride=chunks * 4 * CHUNK)
+    here.attach(arena.data_ptr(), frame_of)
+    guesses, copies = (Branch(device, first=True) for _ in range(2))
+    draw = torch.Generator().manual_seed(5)
+    choices = torch.zeros(layers, 1, RANKS, dtype=torch.int64, device=device)
+    predicted = torch.zeros(layers, layers, 1, RANKS, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        for layer in range(layers):
+            if layer + 1 < layers:
+                with guesses.beside():
+                    here.reserve(layer + 1, predicted[layer, layer + 1 :])
+                copies.after(guesses)
+                with copies.beside():
+                    here.fetch_ahead(range(layer, layers))
+            here.resolve(layer, choices[layer])
+            here.fetch(layer)
+            guesses.join() if layer + 1 < layers else copies.join()
+
+    replay = step
+    if captured:
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        replay = graph.replay
+    for _ in range(steps):
+        drawn = torch.stack([torch.randperm(EXPERTS, generator=draw)[:RANKS] for _ in range(layers)])
+        other = torch.stack([torch.randperm(EXPERTS, generator=draw)[:RANKS] for _ in range(layers**2)])
+        right = torch.rand(layers, layers, 1, generator=draw) < 0.5
+        choices.copy_(drawn[:, None])
+        predicted.copy_(torch.where(right, drawn[None], other.view(layers, layers, RANKS))[:, :, None])
+        replay()
+        here.check_integrity()
+        check_records(here)
+    made, useful, _ = here.awaited.counters.sum(0).tolist()
+    assert made > useful > 0

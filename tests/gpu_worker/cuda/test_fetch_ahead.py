@@ -1,5 +1,6 @@
 """Copying ahead: it changes no bit, and goes on only as long as enough guesses are right."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from common.checkpoint import PackedCheckpoint
 from gpu_worker.cuda import fetch_ahead
+from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.fetch_ahead import FetchAhead
 from gpu_worker.slots.fetch import Fetcher
 from tests.helpers.device_engines import engine_of
@@ -27,8 +29,43 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -
     return make_synthetic(directory, bits=5 if device.type == "cuda" else 16, **SHAPE)
 
 
+def test_layers_that_are_guessed_for(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five, the next three from each; copied beside its own. One and two rows give the same bits so."""
+    deep = make_synthetic(
+        tmp_path / "deep", bits=5 if device.type == "cuda" else 16, **SHAPE | {"pattern": "EEEEE"}
+    )
+    asked: list[range] = []
+    fetch_ahead_of = DeviceSlots.fetch_ahead
+
+    def noted(slots: DeviceSlots, layers: range) -> None:
+        asked.append(layers)
+        fetch_ahead_of(slots, layers)
+
+    monkeypatch.setattr(DeviceSlots, "fetch_ahead", noted)
+    found = []
+    with full_arena(deep) as link:
+        for mode in ("off", "on"):
+            fetcher, logits = Fetcher(link), []  # type: ignore[arg-type]
+            with engine_of(deep, fetcher, 5, device, eager=True, prefetch=mode) as engine:
+                places = [engine.take_place(), engine.take_place()]
+                for place in places:
+                    engine.prefill(place, [1, 2])
+                for rows in (1, 2, 1):
+                    del asked[:]
+                    logits.append(engine.decode(places[:rows], [7, 9][:rows]).cpu())
+                    engine.experts.check_integrity()
+                    guessed = [range(4), range(1, 5), range(2, 5), range(3, 5)] if mode == "on" else []
+                    assert asked == guessed
+                for place in places:
+                    engine.give_place(place)
+            found.append(torch.cat(logits))
+    assert torch.equal(*found)
+
+
 def test_steps_are_the_same(checkpoint: PackedCheckpoint, device: torch.device) -> None:
-    """And experts are indeed copied ahead, some of them rightly."""
+    """And experts are indeed guessed, some of them rightly."""
     steps, found = 60 if device.type == "cuda" else 6, []
     with full_arena(checkpoint) as link:
         for mode in ("off", "on"):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from gpu_worker.cuda.kernels import orders as kernels
 from gpu_worker.cuda.kernels.orders import AHEAD, CHUNK, Orders, chunks_of, no_orders
@@ -53,6 +55,21 @@ def test_what_is_claimed_is_not_copied_again(device: torch.device) -> None:
     copied = pool[0, 1].cpu()
     assert not copied[: 4 * CHUNK].any() and torch.equal(copied[4 * CHUNK :], arena[1, 4 * CHUNK :])
     assert not pool[0, 2].any() and orders.done[0, :2].tolist() == [3, 0]
+
+
+@triton.jit
+def _next_order(claimed, found, count, CHUNKS: tl.constexpr, LANES: tl.constexpr, NONE: tl.constexpr):
+    order = tl.arange(0, LANES)
+    tl.store(found, kernels._first_open(claimed, order, order < count, CHUNKS, NONE))
+
+
+@pytest.mark.parametrize(("claimed", "first"), [([3, 2, 0], 1), ([3, 4, 0], 2), ([3, 9, 3], 99)])
+def test_the_first_that_has_chunks_left_is_next(device: torch.device, claimed: list[int], first: int) -> None:
+    """Of the nearest layer, then: orders of layers lie one after the other."""
+    found = torch.zeros(1, dtype=torch.int32, device=device)
+    counts = torch.tensor([*claimed, 0], dtype=torch.int32, device=device)
+    _next_order[(1,)](counts, found, 3, CHUNKS=3, LANES=128, NONE=99)
+    assert found.tolist() == [first]
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.model_config import ModelConfig
-from gpu_worker.cuda.kernels.router import router, router_plain, usable
+from gpu_worker.cuda.kernels.router import router, router_plain, routers, usable
 from tests.helpers.models import tiny_config
 
 CONFIG = ModelConfig.from_dict(tiny_config(n_routed_experts=8, num_experts_per_tok=3))
@@ -55,6 +55,20 @@ def test_equals_its_twin(
 ) -> None:
     gate = Gate(device, hidden, experts, k)
     gate.check(gate.draw(rows, hidden, dtype=dtype))
+
+
+def test_several_at_once(device: torch.device) -> None:
+    """The same as one after the other, for the same rows."""
+    gates = [Gate(device, 48, 8, 3) for _ in range(3)]
+    for number, gate in enumerate(gates[1:], 1):
+        gate.weight, gate.bias = gate.weight.roll(number, 0), gate.bias.roll(number)
+    x = gates[0].draw(2, 48)
+    choices = torch.full((3, 2, 3), -1, device=device)
+    weights = torch.full((3, 2, 3), torch.nan, device=device)
+    stacked = (torch.stack([gate.weight for gate in gates]), torch.stack([gate.bias for gate in gates]))
+    routers(x, *stacked, gates[0].config, choices, weights)
+    for gate, *of_gate in zip(gates, choices, weights, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(of_gate, gate.route(router, x), strict=True))
 
 
 @pytest.mark.parametrize("normalised", [True, False])
