@@ -149,9 +149,11 @@ _NUMBERS = [field.name for field in fields(ModelConfig) if field.type == "float"
 
 def _check_architecture(raw: dict[str, Any]) -> None:
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ConfigError(f"config.json: architectures must be a list, not {architectures!r}")
     known = "NemotronHForCausalLM" in architectures or raw.get("model_type") == "nemotron_h"
     if not known:
-        named = ", ".join(architectures) or raw.get("model_type") or "none named"
+        named = ", ".join(map(str, architectures)) or raw.get("model_type") or "none named"
         raise ConfigError(f"unsupported architecture ({named}); only NemotronHForCausalLM is served")
     for name, value in _ONLY.items():
         if raw.get(name, value) != value:

@@ -54,13 +54,14 @@ class Manifest:
             raw = parse_json(path.read_text())
             _check_version(path, raw)
             manifest = cls._from_raw(raw)
+            whole = manifest.fingerprint == raw.get("fingerprint")  # ValueError: of lone surrogates
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing, so this is no packed checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged: {error!r}") from None
-        if manifest.fingerprint != raw.get("fingerprint"):
+        if not whole:
             raise CheckpointError(f"{path} is damaged: its fingerprint is not that of its checksums")
         return manifest
 
@@ -78,9 +79,6 @@ class Manifest:
             raise TypeError(f"dense_bits is {values['dense_bits']!r}")
         if not isinstance(values["source"].get("name"), str):
             raise TypeError(f"source is {values['source']!r}")
-        "".join(
-            files
-        ).encode()  # a lone surrogate is no part of a file's name; UnicodeEncodeError is a ValueError
         if not all(type(entry.bytes) is int and isinstance(entry.sha256, str) for entry in files.values()):
             raise TypeError("files have no sizes or no checksums")
         return cls(**values)

@@ -74,3 +74,21 @@ def test_a_manifest_with_a_name_that_no_file_has(packed: Path) -> None:
     (packed / "packed.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="is damaged"):
         describe(packed)
+
+
+@pytest.mark.parametrize("architectures", [True, 7, [3], [["NemotronHForCausalLM"]]])
+def test_architectures_that_are_no_list_of_names(packed: Path, architectures: Any) -> None:
+    with edited_json(packed / "config.json") as config:
+        config["architectures"] = architectures
+        del config["model_type"]
+    with pytest.raises(ConfigError, match="architecture"):
+        open_checkpoint(packed)
+
+
+def test_a_checksum_that_is_no_text(packed: Path) -> None:
+    """A lone surrogate cannot be encoded, nor hashed."""
+    manifest = json.loads((packed / "packed.json").read_text())
+    next(iter(manifest["files"].values()))["sha256"] = "\ud800"
+    (packed / "packed.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="damaged"):
+        open_checkpoint(packed)
