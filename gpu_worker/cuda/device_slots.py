@@ -85,6 +85,7 @@ class DeviceSlots:
             counters=ints(layers, 3, dtype=torch.int64),
         )
         self.ahead = ints(1, value=1)  # 0: nothing is copied ahead
+        self._tables = policy, self.directory, self.awaited, self.orders, self.frame_of
         # The pool is the weight tensor: kernels are handed slots, never copies.
         self.pool = torch.empty(layers, slots, stride, dtype=torch.uint8, device=device)
 
@@ -103,8 +104,7 @@ class DeviceSlots:
 
         The different experts must fit the slots; the host cannot be told here that they did not.
         """
-        tables = self.policy, self.directory, self.awaited, self.orders, self.frame_of
-        kernels.resolve(choices, layer, *tables, self.slot_ids, self.pool.shape[2])
+        kernels.resolve(choices, layer, *self._tables, self.slot_ids, self.pool.shape[2])
         return self.slot_ids[: choices.numel()].view(choices.shape)
 
     def fetch(self, layer: int) -> None:
@@ -120,8 +120,7 @@ class DeviceSlots:
 
         To be followed by `resolve` and `fetch` of all these layers, in the same step.
         """
-        tables = self.policy, self.directory, self.awaited, self.orders, self.frame_of
-        prefetch.reserve(choices, first, *tables, self.ahead, self.pool.shape[2])
+        prefetch.reserve(choices, first, *self._tables, self.ahead, self.pool.shape[2])
 
     def fetch_ahead(self, layers: range) -> None:
         """Copy what was ordered for some layers, the first ones first, for as long as it is wanted."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.model_config import ModelConfig
 from gpu_worker.cuda.kernels.mamba2_chunks import chunk_scan
-from gpu_worker.cuda.kernels.mamba2_step import _softplus
+from gpu_worker.cuda.kernels.mamba2_step import softplus
 from gpu_worker.model.mamba2 import PromptKernels
 from gpu_worker.model.weights import Mamba2Weights
 
@@ -100,7 +100,7 @@ def _time_steps(
         row = (first + done + tl.arange(0, AT_ONCE))[:, None]
         inside = (row < tokens) & (head < HEADS)
         step = tl.load(dt + row.to(tl.int64) * token_stride + head, mask=inside, other=0.0).to(tl.float32)
-        step = _softplus(step + bias)
+        step = softplus(step + bias)
         step = tl.where(step < TIME_STEP_MIN, TIME_STEP_MIN, step)  # unlike a maximum, keeps NaN
         tl.store(steps + row.to(tl.int64) * HEADS + head, step, mask=inside)
 

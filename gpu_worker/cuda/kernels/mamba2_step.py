@@ -102,7 +102,7 @@ def _conv_kernel(
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """log(1 + exp(x)) to float32's last digits: Triton lacks log1p, and 1 + e loses those of a small e."""
     e = tl.exp(-tl.abs(x))
     s = e / (2.0 + e)  # log(1 + e) = 2 artanh(s), whose series is fast for s <= 1/3
@@ -139,7 +139,7 @@ def _state_kernel(
     dt = tl.load(projected + row * STRIDE + inner + conv_dim + head).to(tl.float32)
     bias, rate, skip = tl.load(dt_bias + head), tl.load(A + head), tl.load(D + head)
 
-    dt = _softplus(dt + bias)
+    dt = softplus(dt + bias)
     dt = tl.where(dt < TIME_STEP_MIN, TIME_STEP_MIN, dt)  # unlike a maximum, keeps NaN
     state = state * tl.exp(dt * rate) + (x * dt)[:, None] * B[None, :]
     tl.store(address, state, mask=inside)

@@ -146,13 +146,13 @@ def slots_to_fill(
     """As many slots as are wanted, or as there are: free ones, then victims; none of those in use."""
     expert_of = directory.expert_of[layer].tolist()
     last_used, uses = directory.last_used[layer].tolist(), directory.uses[layer].tolist()
-    chosen = [slot for slot, expert in enumerate(expert_of) if expert == ABSENT and slot not in in_use]
+    free = [slot for slot, expert in enumerate(expert_of) if expert == ABSENT and slot not in in_use]
+    chosen = free[:wanted]
     usage = {
         slot: Usage(last_used[slot], uses[slot])
         for slot, expert in enumerate(expert_of)
         if expert != ABSENT and slot not in in_use
     }
-    del chosen[wanted:]
     while len(chosen) < wanted and usage:
         victim = POLICIES[policy](clock, usage.items())
         chosen.append(victim)

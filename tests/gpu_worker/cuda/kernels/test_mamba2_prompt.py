@@ -10,14 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.model_config import ModelConfig
 from gpu_worker.cuda.kernels import mamba2_prompt
 from gpu_worker.cuda.kernels.mamba2_prompt import PROMPT_KERNELS, gated_group_norm, scan_inputs
 from gpu_worker.model import mamba2, norms
-from gpu_worker.model.linear import Linear
 from gpu_worker.model.mamba2 import Mamba2
-from gpu_worker.model.weights import Mamba2Weights
-from tests.helpers.models import tiny_config
+from tests.helpers.mamba2 import DrawnBlock
 from tests.helpers.nemotron import relative_error
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -59,35 +56,15 @@ def check_close(got: Tensor, wide: Tensor, dtype: torch.dtype) -> None:
     assert (got != rounded(wide, dtype)).float().mean() <= 0.01
 
 
-class Block:
-    """Drawn weights of one block, and its states for some sequences."""
+class Block(DrawnBlock):
+    """With states of two sequences."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, shape: dict[str, Any]) -> None:
-        self.config = ModelConfig.from_dict(tiny_config(**shape))
-        self._generator, self.device, self.dtype = torch.Generator().manual_seed(1), device, dtype
-        config, heads = self.config, self.config.mamba_num_heads
-        self.weights = Mamba2Weights(
-            in_proj=Linear(torch.empty(0)),
-            conv1d_weight=self.draw(config.conv_dim, config.conv_kernel),
-            conv1d_bias=self.draw(config.conv_dim) if config.use_conv_bias else None,
-            dt_bias=self.draw(heads, dtype=torch.float32) - 2,
-            A=-self.draw(heads, dtype=torch.float32).exp(),
-            D=self.draw(heads, dtype=torch.float32),
-            norm=self.draw(config.mamba_intermediate_size),
-            out_proj=Linear(torch.empty(0)),
-        )
-        self.conv = self.draw(2, config.conv_dim, config.conv_kernel - 1)
-        ssm = (heads, config.mamba_head_dim, config.ssm_state_size)
-        self.ssm = self.draw(2, *ssm, dtype=torch.float32)
-
-    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(self.device, dtype or self.dtype)
+        super().__init__(device, dtype, shape, sequences=2)
 
     def projected(self, sequences: int, tokens: int) -> Tensor:
         """As views of a larger tensor."""
-        config = self.config
-        width = config.mamba_intermediate_size + config.conv_dim + config.mamba_num_heads
-        return self.draw(sequences, tokens + 1, width + 3).mul_(3)[:, 1:, :width]
+        return self.draw(sequences, tokens + 1, self.width + 3).mul_(3)[:, 1:, : self.width]
 
     def inputs(self, projected: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return scan_inputs(projected, state, self.weights, self.config)

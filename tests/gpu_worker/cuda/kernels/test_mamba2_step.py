@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.model_config import ModelConfig
 from gpu_worker.cuda.kernels.mamba2_step import mamba2_step, mamba2_step_plain
-from gpu_worker.model.linear import Linear
-from gpu_worker.model.weights import Mamba2Weights
-from tests.helpers.models import tiny_config
+from tests.helpers.mamba2 import DrawnBlock
 from tests.helpers.nemotron import relative_error
 
 SEQUENCES = 6
@@ -36,39 +33,18 @@ REAL = {
 }
 
 
-class Block:
-    """Drawn weights and pools of one block; `step` leaves the pools alone and returns y and both states."""
+class Block(DrawnBlock):
+    """With pools of SEQUENCES; `step` leaves them alone and returns y and both states."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, shape: dict[str, Any]) -> None:
-        self.config = ModelConfig.from_dict(tiny_config(**shape))
-        self._generator, self._device, self.dtype = torch.Generator().manual_seed(1), device, dtype
-        config, heads = self.config, self.config.mamba_num_heads
-        self.weights = Mamba2Weights(
-            in_proj=Linear(torch.empty(0)),
-            conv1d_weight=self.draw(config.conv_dim, config.conv_kernel),
-            conv1d_bias=self.draw(config.conv_dim) if config.use_conv_bias else None,
-            dt_bias=self.draw(heads, dtype=torch.float32) - 2,
-            A=-self.draw(heads, dtype=torch.float32).exp(),
-            D=self.draw(heads, dtype=torch.float32),
-            norm=torch.empty(0),
-            out_proj=Linear(torch.empty(0)),
-        )
-        self.conv = self.draw(SEQUENCES, config.conv_dim, config.conv_kernel - 1)
-        self.ssm = self.draw(
-            SEQUENCES, heads, config.mamba_head_dim, config.ssm_state_size, dtype=torch.float32
-        )
-
-    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(self._device, dtype or self.dtype)
+        super().__init__(device, dtype, shape, SEQUENCES)
 
     def projected(self, rows: int) -> Tensor:
-        config = self.config
-        width = config.mamba_intermediate_size + config.conv_dim + config.mamba_num_heads
-        return 3 * self.draw(rows, width)
+        return 3 * self.draw(rows, self.width)
 
     def step(self, form: Any, projected: Tensor, places: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         conv, ssm = self.conv.clone(), self.ssm.clone()
-        y = form(projected, conv, ssm, torch.tensor(places, device=self._device), self.weights, self.config)
+        y = form(projected, conv, ssm, torch.tensor(places, device=self.device), self.weights, self.config)
         assert y.dtype == projected.dtype
         return y, conv, ssm
 
