@@ -20,9 +20,11 @@ from torch import Tensor
 from common.hlwq.hadamard import hadamard_matrix, hadamard_transform
 from common.hlwq.planes import BLOCK, padded
 from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
-from gpu_worker.cuda.kernels.packed_words import tile_dot
+from gpu_worker.cuda.kernels.packed_words import INTERPRETED, tile_dot
 from gpu_worker.model.norms import gated_group_norm
 from gpu_worker.model.norms import rms_norm as plain_rms_norm
+
+ROUNDED = tl.constexpr(INTERPRETED)  # the interpreter rounds every operation, and has no assembly
 
 
 @cache
@@ -167,40 +169,36 @@ def _rotated_like(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _sign(a, b):
-    """(-1) ** (number of common bits of a and b), both below 16: an entry of H, not normalised."""
-    common = a & b
-    common ^= common >> 2
-    common ^= common >> 1
-    return (1 - 2 * (common & 1)).to(tl.float32)
-
-
-@triton.jit
-def _block_columns():
-    """The columns of a block as (8, 16)."""
-    return tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :]
-
-
-@triton.jit
 def _store_rotated(block, y):
-    """H block / 128 for block (8, 16) float32, to y in the products' order."""
-    i, j = tl.arange(0, 8), tl.arange(0, 16)
-    outer = tl.sum(_sign(i[:, None], i[None, :])[:, :, None] * block[None, :, :], 1)
-    both = tl.sum(outer[:, :, None] * _sign(j[:, None], j[None, :])[None, :, :], 1)
-    column = _block_columns()
+    """H block / 128 for block (128,) float32, to y in the products' order."""
+    # Each stage takes one bit of the column, lowest first, and puts it in front: after seven all are back. An
+    # addition has one rounding, so this has the same bits however a compiler places it, and on a CPU.
+    for _ in tl.static_range(7):
+        a, b = tl.split(tl.reshape(block, [64, 2]))
+        block = tl.reshape(tl.permute(tl.join(a + b, a - b), (1, 0)), [128])
+    column = tl.arange(0, 128)
     place = (2 * (column % 4) + column // 64) * 16 + column % 64 // 4
-    tl.store(y + place, both * (1 / 128))
+    tl.store(y + place, block * (1 / 128))
+
+
+@triton.jit
+def _squared(values):
+    """Rounded before anything is added to it, which the compiler would fuse otherwise."""
+    if ROUNDED:
+        return values * values
+    return tl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def _rotate_kernel(x, y, columns, x_stride, y_stride, SQUARED_RELU: tl.constexpr, OVERLAP: tl.constexpr):
     wait_for_inputs(OVERLAP)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = block * 128 + _block_columns()
+    column = block * 128 + tl.arange(0, 128)
     values = tl.load(x + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32)
     if SQUARED_RELU:
-        values = tl.maximum(values, 0.0)
-        values = values * values
+        values = _squared(tl.maximum(values, 0.0))
     _store_rotated(values, y + row * y_stride + block * 128)
 
 
@@ -234,7 +232,7 @@ def _norm_kernel(
     whole = tl.arange(0, WIDTH)
     values = tl.load(x + row * columns + whole, mask=whole < columns, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 0) / columns + epsilon)
-    column = block * 128 + _block_columns()
+    column = block * 128 + tl.arange(0, 128)
     inside = column < columns
     mine = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -266,7 +264,7 @@ def _gated_norm_kernel(
     wait_for_inputs(OVERLAP)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x_row, gate_row = x + row * columns, gate + row * gate_stride
-    column = block * 128 + _block_columns()
+    column = block * 128 + tl.arange(0, 128)
     mine = _gated(tl.load(x_row + column), tl.load(gate_row + column))
     if GROUP >= 128:  # the block lies in one group, of which it reads the rest as well
         whole = block * 128 // GROUP * GROUP + tl.arange(0, GROUP)
@@ -276,7 +274,7 @@ def _gated_norm_kernel(
     else:
         groups = tl.reshape(mine, [128 // GROUP, GROUP])
         scales = tl.rsqrt(tl.sum(groups * groups, 1) / GROUP + epsilon)
-        scaled = tl.reshape(groups * scales[:, None], [8, 16])
+        scaled = tl.reshape(groups * scales[:, None], [128])
     # transformers' order of rounding: to the compute dtype, then times the weight, and rounded again.
     dtype: tl.constexpr = normed.dtype.element_ty
     rounded = (tl.load(weight + column).to(tl.float32) * scaled.to(dtype).to(tl.float32)).to(dtype)
