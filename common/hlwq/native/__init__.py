@@ -257,9 +257,9 @@ def combine(products: Tensor, weights: Tensor) -> Tensor:
     return sums
 
 
-def declare(name: str, arguments: list[Any]) -> None:
-    """Give the signature of a function without a result that another room adds to the library."""
-    _SIGNATURES[name] = (None, arguments)
+def declare(name: str, arguments: list[Any], result: Any = None) -> None:
+    """Give the signature of a function that another room adds to the library."""
+    _SIGNATURES[name] = (result, arguments)
     if _loaded.cache_info().currsize and (library := _loaded()) is not None:
         getattr(library, name).restype, getattr(library, name).argtypes = _SIGNATURES[name]
 
@@ -279,6 +279,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hlwq_path": (c_char_p, []),
     "hlwq_set_path": (c_int32, [c_char_p]),
     "hlwq_set_threads": (None, [c_int32]),
+    "hlwq_set_spin": (None, [c_int32]),
     "hlwq_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_unpack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_unpack_run": (None, [c_void_p, c_int64, c_int64, c_int32, c_void_p]),

@@ -29,12 +29,6 @@ const Path* find_path(const char* name) {
 
 std::atomic<const Path*> chosen{nullptr};
 
-const Path& path() {
-    const Path* found = chosen.load(std::memory_order_relaxed);
-    if (!found) chosen.store(found = find_path(nullptr), std::memory_order_relaxed);
-    return *found;
-}
-
 // Calls body(first, last) for the pieces of [0, count).
 template <class Body>
 void pieces(int64_t count, int64_t size, const Body& body) {
@@ -148,6 +142,13 @@ constexpr decltype(&unpack_eights<1>) kUnpackEights[] = {
 };
 
 }  // namespace
+
+const Path& path() {
+    const Path* found = chosen.load(std::memory_order_relaxed);
+    if (!found) chosen.store(found = find_path(nullptr), std::memory_order_relaxed);
+    return *found;
+}
+
 }  // namespace hlwq
 
 using namespace hlwq;
@@ -161,6 +162,8 @@ int32_t hlwq_set_path(const char* name) {
 }
 
 void hlwq_set_threads(int32_t threads) { set_threads(threads); }
+
+void hlwq_set_spin(int32_t microseconds) { set_spin(microseconds); }
 
 void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes) {
     pieces(rows * columns / kBlock, 1024, [&](int64_t first, int64_t last) {

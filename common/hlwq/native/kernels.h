@@ -21,6 +21,8 @@ const char* hlwq_path();
 // Limit the choice to one path by name, for tests; returns 0 when this machine lacks it.
 int32_t hlwq_set_path(const char* name);
 void hlwq_set_threads(int32_t threads);
+// How long threads spin before they sleep, in microseconds: see pool.h.
+void hlwq_set_spin(int32_t microseconds);
 
 // codes (rows, columns) uint8 to planes and back; columns a multiple of 128.
 void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes);
@@ -59,6 +61,12 @@ void hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* 
 // at pairs[starts[e]] .. pairs[starts[e + 1]]): products[p] = down(relu(up(x[p / k]))^2), float32 (., hidden).
 void hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t experts,
                   const int64_t* starts, const int64_t* pairs, int64_t k, const float* x, float* products);
+
+// products[i] (hidden) = down(relu(up(x))^2) of each of `count` packed experts, bit for bit as a GPU worker's kernels
+// compute it. x is one row as they have it: rotated, in the products' order, whole blocks (device_order.inc). Both
+// matrices at most 24 blocks wide, not raw.
+void hlwq_device_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t count,
+                         const float* x, float* const* products);
 
 // sums[row] = sum over ranks, in their order, of weights[row * k + rank] * products[row * k + rank].
 void hlwq_combine(const float* products, const float* weights, int64_t rows, int64_t k, int64_t hidden, float* sums);

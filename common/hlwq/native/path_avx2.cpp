@@ -189,6 +189,77 @@ struct Lookup<8, SPLIT> : Gather<8> {
     using Gather<8>::Gather;
 };
 
+// Half of the bits of each centroid, as floats that bfloat16 holds.
+template <int BITS>
+struct HalfOfBits {
+    float values[1 << BITS];
+
+    HalfOfBits(const float* centroids, bool upper) {
+        for (int i = 0; i < 1 << BITS; i++) {
+            uint32_t bits;
+            __builtin_memcpy(&bits, centroids + i, 4);
+            bits = upper ? bits & 0xffff0000 : bits << 16;
+            __builtin_memcpy(values + i, &bits, 4);
+        }
+    }
+};
+
+template <int BITS, bool SPLIT>
+struct WordLookup {
+    WordTable<BITS> upper, lower;
+
+    explicit WordLookup(const float* centroids)
+        : upper(HalfOfBits<BITS>(centroids, true).values), lower(HalfOfBits<BITS>(centroids, false).values) {}
+
+    [[gnu::always_inline]] void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
+        // Interleaved, bytes 2 i and 2 i + 1 of each 16 end in lane i of the first two Vecs, others in the last two.
+        const __m256i order = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+        Index index = index_of<BITS>(low, high, group);
+        index.codes = _mm256_shuffle_epi8(index.codes, order);
+        if constexpr (BITS == 5) index.bit4 = _mm256_shuffle_epi8(index.bit4, order);
+        upper(index, w);
+        if constexpr (SPLIT) {
+            Vec rest[4];
+            lower(index, rest);
+            for (int i = 0; i < 4; i++)
+                w[i] = (Vec)_mm256_or_si256((__m256i)w[i], _mm256_srli_epi32((__m256i)rest[i], 16));
+        }
+    }
+};
+
+template <int BITS>
+struct WordGather {
+    const float* codebook;
+
+    explicit WordGather(const float* centroids) : codebook(centroids) {}
+
+    [[gnu::always_inline]] void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
+        const __m256i bytes = codes<BITS>(low, high, group), mask = _mm256_set1_epi32(255);
+        for (int b = 0; b < 4; b++) {
+            const __m256i index = _mm256_and_si256(_mm256_srli_epi32(bytes, 8 * b), mask);
+            w[b] = (Vec)_mm256_i32gather_ps(codebook, index, 4);
+        }
+    }
+};
+
+template <bool SPLIT>
+struct WordLookup<6, SPLIT> : WordGather<6> {
+    using WordGather<6>::WordGather;
+};
+
+template <bool SPLIT>
+struct WordLookup<8, SPLIT> : WordGather<8> {
+    using WordGather<8>::WordGather;
+};
+
+[[gnu::always_inline]] inline Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+
+[[gnu::always_inline]] inline Vec four_norms(const uint16_t* halves) {
+    const __m128 four = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)halves));
+    return (Vec)_mm256_set_m128(four, four);
+}
+
 [[gnu::always_inline]] inline void raw_weights(const uint16_t* source, Vec w[4]) {
     for (int i = 0; i < 2; i++) {
         const __m256i words = _mm256_loadu_si256((const __m256i*)(source + 16 * i));
@@ -200,12 +271,14 @@ struct Lookup<8, SPLIT> : Gather<8> {
 // As in path_avx512.cpp.
 [[gnu::always_inline]] inline void keep(Vec& value) { asm("" : "+x"(value)); }
 [[gnu::always_inline]] inline void pin(Vec& value) { asm volatile("" : "+x"(value)); }
+[[gnu::always_inline]] inline void round_here(Vec& value) { keep(value); }
 
 #include "path.inc"
 
 }  // namespace
 
-extern const Path kAvx2 = {"avx2", stride, prepare, product, hadamard, quantize, decode};
+extern const Path kAvx2 = {
+    "avx2", stride, prepare, product, hadamard, quantize, decode, device_product, device_activations};
 
 }  // namespace hlwq
 

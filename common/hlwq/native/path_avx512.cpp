@@ -1,5 +1,5 @@
-// The AVX-512 path (F, BW, VL, DQ). A codebook of up to 32 centroids of 16 bits is one register, so that one word
-// permute looks up 32 weights; 64 centroids are two registers, 256 are eight.
+// The AVX-512 path (F, BW, VL, DQ). A codebook of up to 32 centroids is two registers, and one permute looks up 16
+// weights, exactly. Larger ones are looked up as 16 bits, 32 weights at once: 64 take two registers, 256 eight.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -22,11 +22,12 @@ typedef float Vec __attribute__((vector_size(64)));
 
 [[gnu::always_inline]] inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
 
-// Of 64 consecutive codes, words hold those of even and of odd number, and a word's half of a lane alternates; raw
-// weights are words already.
+// Of 64 consecutive codes, each lane holds four, one a byte, up to 5 bits. Beyond, words hold those of even and of odd
+// number, and a word's half of a lane alternates; raw weights are words already.
 template <int BITS>
 constexpr int position(int code) {
     if (BITS == 16) return (code / 32 * 2 + code % 2) * kLanes + code % 32 / 2;
+    if (BITS <= 5) return code % 4 * kLanes + code / 4;
     return (code % 2 * 2 + code / 2 % 2) * kLanes + code / 4;
 }
 
@@ -77,20 +78,32 @@ template <int BITS>
     }
 }
 
+// 32 centroids, looked up by the low 5 bits of each lane of an index; fewer are repeated.
+struct FloatTable {
+    __m512 lower, upper;
+
+    FloatTable(const float* centroids, int count) {
+        alignas(64) float repeated[32];
+        for (int i = 0; i < 32; i++) repeated[i] = centroids[i % count];
+        lower = _mm512_load_ps(repeated), upper = _mm512_load_ps(repeated + 16);
+    }
+
+    [[gnu::always_inline]] __m512 operator()(__m512i index) const {
+        return _mm512_permutex2var_ps(lower, index, upper);
+    }
+};
+
 // 2**BITS words in registers, looked up by the low BITS bits of each word of an index.
 template <int BITS>
 struct Table {
-    static constexpr int kRegisters = BITS <= 5 ? 1 : 1 << (BITS - 5);
+    static constexpr int kRegisters = 1 << (BITS - 5);
     __m512i words[kRegisters];
 
     explicit Table(const uint16_t* values) {
-        alignas(64) uint16_t repeated[32 * kRegisters];
-        for (int i = 0; i < 32 * kRegisters; i++) repeated[i] = values[i % (1 << BITS)];
-        for (int i = 0; i < kRegisters; i++) words[i] = _mm512_load_si512(repeated + 32 * i);
+        for (int i = 0; i < kRegisters; i++) words[i] = _mm512_loadu_si512(values + 32 * i);
     }
 
     [[gnu::always_inline]] __m512i operator()(__m512i index) const {
-        if constexpr (BITS <= 5) return _mm512_permutexvar_epi16(index, words[0]);
         if constexpr (BITS == 6) return _mm512_permutex2var_epi16(words[0], index, words[1]);
         if constexpr (BITS == 8) {
             const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
@@ -132,11 +145,11 @@ struct Halves {
 };
 
 template <int BITS, bool SPLIT>
-struct Lookup {
+struct LookupOfHalves {
     Table<BITS> upper, lower;
 
-    explicit Lookup(const float* centroids) : Lookup(Halves<BITS>(centroids)) {}
-    explicit Lookup(const Halves<BITS>& halves) : upper(halves.upper), lower(halves.lower) {}
+    explicit LookupOfHalves(const float* centroids) : LookupOfHalves(Halves<BITS>(centroids)) {}
+    explicit LookupOfHalves(const Halves<BITS>& halves) : upper(halves.upper), lower(halves.lower) {}
 
     [[gnu::always_inline]] void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
         const __m512i even = codes<BITS>(low, high, group), odd = _mm512_srli_epi16(even, 8);
@@ -151,6 +164,71 @@ struct Lookup {
     }
 };
 
+// Lane i of Vec b: the centroid of code 4 i + b. Up to 5 bits all products look up so.
+template <int BITS, bool SPLIT>
+struct WordLookup {
+    FloatTable table;
+
+    explicit WordLookup(const float* centroids) : table(centroids, 1 << BITS) {}
+
+    [[gnu::always_inline]] void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
+        const __m512i bytes = codes<BITS>(low, high, group);
+        for (int b = 0; b < 4; b++) w[b] = (Vec)table(_mm512_srli_epi32(bytes, 8 * b));
+    }
+};
+
+template <bool SPLIT>
+struct WordLookup<6, SPLIT> {
+    FloatTable lower, upper;
+
+    explicit WordLookup(const float* centroids) : lower(centroids, 32), upper(centroids + 32, 32) {}
+
+    [[gnu::always_inline]] void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
+        const __m512i bytes = codes<6>(low, high, group);
+        for (int b = 0; b < 4; b++) {
+            const __m512i index = _mm512_srli_epi32(bytes, 8 * b);
+            const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+            w[b] = (Vec)_mm512_mask_mov_ps(lower(index), bit5, upper(index));
+        }
+    }
+};
+
+template <bool SPLIT>
+struct WordLookup<8, SPLIT> {
+    const float* codebook;
+
+    explicit WordLookup(const float* centroids) : codebook(centroids) {}
+
+    [[gnu::always_inline]] void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
+        const __m512i bytes = codes<8>(low, high, group);
+        for (int b = 0; b < 4; b++) {
+            const __m512i index = _mm512_and_si512(_mm512_srli_epi32(bytes, 8 * b), _mm512_set1_epi32(255));
+            w[b] = (Vec)_mm512_i32gather_ps(index, codebook, 4);
+        }
+    }
+};
+
+template <int BITS, bool SPLIT>
+struct Lookup : WordLookup<BITS, SPLIT> {
+    using WordLookup<BITS, SPLIT>::WordLookup;
+};
+
+template <bool SPLIT>
+struct Lookup<6, SPLIT> : LookupOfHalves<6, SPLIT> {
+    using LookupOfHalves<6, SPLIT>::LookupOfHalves;
+};
+
+template <bool SPLIT>
+struct Lookup<8, SPLIT> : LookupOfHalves<8, SPLIT> {
+    using LookupOfHalves<8, SPLIT>::LookupOfHalves;
+};
+
+[[gnu::always_inline]] inline Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+
+[[gnu::always_inline]] inline Vec four_norms(const uint16_t* halves) {
+    return (Vec)_mm512_broadcast_f32x4(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)halves)));
+}
+
 [[gnu::always_inline]] inline void raw_weights(const uint16_t* source, Vec w[4]) {
     for (int i = 0; i < 2; i++) {
         const __m512i words = _mm512_loadu_si512(source + 32 * i);
@@ -163,13 +241,15 @@ struct Lookup {
 
 // Also, in the order in which such values are computed.
 [[gnu::always_inline]] inline void pin(Vec& value) { asm volatile("" : "+v"(value)); }
+[[gnu::always_inline]] inline void round_here(Vec& value) { keep(value); }
 
 #define HLWQ_SMALL_NEAREST "nearest_avx512.inc"
 #include "path.inc"
 
 }  // namespace
 
-extern const Path kAvx512 = {"avx512", stride, prepare, product, hadamard, quantize, decode};
+extern const Path kAvx512 = {
+    "avx512", stride, prepare, product, hadamard, quantize, decode, device_product, device_activations};
 
 }  // namespace hlwq
 

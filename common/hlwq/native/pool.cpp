@@ -11,7 +11,6 @@
 namespace hlwq {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(30);
 constexpr int kFieldBits = 24;
 constexpr uint64_t kField = (uint64_t(1) << kFieldBits) - 1;
 
@@ -25,6 +24,7 @@ struct Pool {
     std::condition_variable opened, finished;
     std::vector<std::thread> workers;
     std::atomic<int> threads{1};  // those that take part, the caller included
+    std::atomic<int> spin{kDefaultSpin};
     std::atomic<bool> stopping{false};
     std::atomic<uint64_t> ticket{0};  // loop number | count | next
     std::atomic<int64_t> done{0};
@@ -35,6 +35,10 @@ struct Pool {
     static int64_t count(uint64_t ticket) { return ticket >> kFieldBits & kField; }
     static uint64_t number(uint64_t ticket) { return ticket >> 2 * kFieldBits; }
     static bool open(uint64_t ticket) { return next(ticket) < count(ticket); }
+
+    std::chrono::microseconds spin_time() const {
+        return std::chrono::microseconds(spin.load(std::memory_order_relaxed));
+    }
 
     // Claims pieces until none is left.
     void take() {
@@ -49,9 +53,9 @@ struct Pool {
 
     void serve() {
         while (!stopping) {
-            const auto until = std::chrono::steady_clock::now() + kSpin;
+            const auto until = std::chrono::steady_clock::now() + spin_time();
             while (!open(ticket.load(std::memory_order_acquire)) && !stopping) {
-                if (std::chrono::steady_clock::now() < until) continue;
+                if (relax(); std::chrono::steady_clock::now() < until) continue;
                 std::unique_lock lock(mutex);
                 opened.wait(lock, [&] { return open(ticket.load()) || stopping; });
             }
@@ -69,9 +73,9 @@ struct Pool {
         }
         opened.notify_all();
         take();
-        const auto until = std::chrono::steady_clock::now() + kSpin;
+        const auto until = std::chrono::steady_clock::now() + spin_time();
         while (done.load(std::memory_order_acquire) != pieces) {
-            if (std::chrono::steady_clock::now() < until) continue;
+            if (relax(); std::chrono::steady_clock::now() < until) continue;
             std::unique_lock lock(mutex);
             finished.wait(lock, [&] { return done.load() == pieces; });
         }
@@ -113,11 +117,15 @@ void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
     shared.run(count, body);
 }
 
+int threads() { return pool().threads; }
+
 void set_threads(int threads) {
     Pool& shared = pool();
     if (shared.threads == threads) return;
     std::lock_guard turn(shared.turn);
     shared.resize(threads);
 }
+
+void set_spin(int microseconds) { pool().spin = microseconds; }
 
 }  // namespace hlwq

@@ -2,7 +2,7 @@
 //
 // Pieces are handed out by one atomic counter, so that a core that is busy elsewhere takes fewer of them, or none.
 // Threads spin for a short while before they sleep: the loops of one token follow each other within microseconds,
-// and waking a sleeping thread takes longer than many of them.
+// and waking a sleeping thread takes longer than many of them. How long, may be set.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -15,5 +15,17 @@ void parallel_for(int64_t count, const std::function<void(int64_t)>& body);
 
 // The threads that take part, the caller included; from 1 up.
 void set_threads(int threads);
+int threads();
+
+// How long a thread spins before it sleeps, from its next wait on.
+constexpr int kDefaultSpin = 30;  // microseconds
+void set_spin(int microseconds);
+
+// Between two looks at what a thread waits for: leaves the core's other thread its share.
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
 
 }  // namespace hlwq
