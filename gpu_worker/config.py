@@ -121,6 +121,15 @@ class WorkerConfig(MetricsConfig, ServerConfig):
         Option("On a GPU, fetch missing experts one by one and wait for each; to compare with, it is slow."),
     ] = False
 
+    cpu_experts: Annotated[
+        int | None,
+        Option(
+            "On a GPU, threads that compute experts which are missing from the slots, while others come over "
+            "the link; 0: none. Any number gives the same output. Default: cores to spare.",
+            metavar="N",
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
         """Raises ConfigError naming the option."""
         super().__post_init__()
@@ -143,6 +152,8 @@ class WorkerConfig(MetricsConfig, ServerConfig):
         check_bits_named("--expert-bits", self.expert_bits)
         if self.max_sequences is not None and not 1 <= self.max_sequences <= MOST_SEQUENCES:
             raise ConfigError(f"--max-sequences must be 1 to {MOST_SEQUENCES}, not {self.max_sequences}")
+        if self.cpu_experts is not None and self.cpu_experts < 0:
+            raise ConfigError(f"--cpu-experts must be at least 0, not {self.cpu_experts}")
         if self.max_queue < 0:
             raise ConfigError(f"--max-queue must be at least 0, not {self.max_queue}")
         if not 0 <= self.drain_timeout < math.inf:

@@ -172,7 +172,8 @@ def _engine(
 
         log.info("%d slots a layer (%s)", slots, reason)
         cache = slots, config.policy, config.eager
-        return device_engine(weights, pools, layout, *cache, fetcher, hints, model, config.sync_fetch)
+        fetching = config.sync_fetch, config.cpu_experts
+        return device_engine(weights, pools, layout, *cache, fetcher, hints, model, *fetching)
     experts: SlotExperts | DirectExperts
     if slots is None:
         log.info("no slots (%s)", reason)

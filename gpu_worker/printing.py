@@ -26,7 +26,7 @@ def finish_table(finish: pb.Finish) -> Table:
     )
     table.add_row("waited", f"{timings.queue_ms:.0f} ms, then {timings.prefill_ms:.0f} ms of prefill")
     table.add_row("decode", f"{timings.decode_ms:.0f} ms, {timings.tokens_per_second:.1f} tokens/s")
-    table.add_row("slots", f"{cache.hits} hits, {cache.misses} misses: {cache.hit_rate:.1%} hit rate")
+    table.add_row("slots", _hits(cache))
     table.add_row("fetched", f"{format_bytes(cache.bytes_fetched)}; {cache.staged} experts came from disk")
     table.add_row("time", _shares(finish.parts, cache, (timings.prefill_ms + timings.decode_ms) / 1e3))
     return table
@@ -39,7 +39,7 @@ def stats_table(stats: pb.WorkerStats, info: pb.ModelInfoReply) -> Table:
     for name, value in (
         ("device", f"{info.device}, {info.dtype}, context {info.max_context}"),
         ("slots", _slots(stats, info)),
-        ("cache", f"{cache.hits} hits, {cache.misses} misses: {cache.hit_rate:.1%} hit rate"),
+        ("cache", _hits(cache)),
         ("fetched", f"{format_bytes(cache.bytes_fetched)}; {cache.staged} experts came from disk"),
         ("device memory", _vram(stats)),
         ("prefetch", f"{stats.prefetch}; {stats.hints_sent} guesses, {stats.hints_useful} useful"),
@@ -104,6 +104,11 @@ def _vram(stats: pb.WorkerStats) -> str:
         format_bytes, (stats.vram_budget, stats.vram_peak, stats.vram_used, stats.vram_tensors_peak)
     )
     return f"at most {peak} of {budget} (tensors {tensors}), now {used}"
+
+
+def _hits(cache: pb.CacheCounters) -> str:
+    on_cpu = f", {cache.misses_on_cpu} of them computed on the CPU" if cache.misses_on_cpu else ""
+    return f"{cache.hits} hits, {cache.misses} misses{on_cpu}: {cache.hit_rate:.1%} hit rate"
 
 
 def _fetched_early(stats: pb.WorkerStats) -> str:

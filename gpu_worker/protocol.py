@@ -94,6 +94,7 @@ def cache_message(counters: CacheCounters) -> pb.CacheCounters:
         misses=counters.misses,
         hit_rate=counters.hit_rate,
         bytes_fetched=counters.bytes_fetched,
+        misses_on_cpu=counters.misses_on_cpu,
         staged=counters.staged,
         fetch_seconds=counters.fetch_seconds,
         compute_seconds=counters.compute_seconds,

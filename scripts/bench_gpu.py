@@ -40,7 +40,7 @@ REFERENCE_PROMPT, REFERENCE_NEW = 128, 64
 PUBLISHED = ("--slots", "8", "--expert-bits", "16", "--eager", "--sync-fetch")  # the published method
 TRANSFORMERS_NEW = 32
 OFFLOADED_NEW = 4  # every token moves the whole model
-PAIRS, BATCH = ("pairs", "prefetch", "policies"), "batch"
+PAIRS, BATCH = ("pairs", "prefetch", "policies", "lane"), "batch"
 KERNELS, TRANSFORMERS, OFFLOAD = "kernels", "transformers", "offload"
 GROUPS = (*PAIRS, BATCH, KERNELS, TRANSFORMERS)
 _REDUCTION = {"pattern": "ME*E", "experts": 8, "vocab": 8192}  # for trying this script on a CPU
@@ -96,21 +96,25 @@ def workers(args: argparse.Namespace) -> list[Worker]:
     compared = [budget for budget in args.budgets if budget in COMPARED]
     compared = compared or [budget for budget in args.budgets if budget != UNBOUNDED][:1]
     prompts, few = tuple(args.prompts), (args.prompts[0],)
+    auto, policy = "auto", args.policy
     wanted = {
-        "pairs": [(budget, args.policy, "auto", prompts) for budget in args.budgets],
-        "prefetch": [(budget, args.policy, mode, few) for budget in compared for mode in ("off", "auto")],
-        "policies": [(budget, policy, "auto", few) for budget in compared[:1] for policy in ("lru", "lfru")],
+        "pairs": [(budget, policy, auto, auto, prompts) for budget in args.budgets],
+        "prefetch": [(budget, policy, mode, auto, few) for budget in compared for mode in ("off", auto)],
+        "policies": [(budget, each, auto, auto, few) for budget in compared[:1] for each in ("lru", "lfru")],
+        "lane": [(budget, policy, auto, threads, few) for budget in compared for threads in ("0", auto)],
     }
-    chosen: dict[tuple[str, str, str], Worker] = {}
+    chosen: dict[tuple[str, str, str, str], Worker] = {}
     for group, several in wanted.items():
-        for budget, policy, prefetch, lengths in several if group in args.groups else ():
-            chosen.setdefault((budget, policy, prefetch), Worker(group, budget, policy, prefetch, lengths))
+        for *options, lengths in several if group in args.groups else ():
+            budget, policy, prefetch, threads = options
+            worker = Worker(group, budget, policy, prefetch, lengths, threads)
+            chosen.setdefault((budget, policy, prefetch, threads), worker)
     return list(chosen.values())
 
 
 def _measure_reference(args: argparse.Namespace, yardsticks: Yardsticks, report: Report) -> None:
     """Large enough to fail for want of room, which is no reason to measure nothing else."""
-    worker = Worker(REFERENCE, "", "lru", "off", (REFERENCE_PROMPT,), PUBLISHED)
+    worker = Worker(REFERENCE, "", "lru", "off", (REFERENCE_PROMPT,), "0", PUBLISHED)
     workload = Workload(REFERENCE_NEW, args.runs, REFERENCE_PROMPT + REFERENCE_NEW, args.device)
     made = given_or_made(args.reference, report, **gpu_checkpoints.REFERENCE, skew=args.skew)
     try:

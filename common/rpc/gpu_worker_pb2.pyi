@@ -129,7 +129,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class CacheCounters(_message.Message):
-    __slots__ = ("hits", "misses", "hit_rate", "bytes_fetched", "staged", "fetch_seconds", "compute_seconds")
+    __slots__ = ("hits", "misses", "hit_rate", "bytes_fetched", "staged", "fetch_seconds", "compute_seconds", "misses_on_cpu")
     HITS_FIELD_NUMBER: _ClassVar[int]
     MISSES_FIELD_NUMBER: _ClassVar[int]
     HIT_RATE_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class CacheCounters(_message.Message):
     STAGED_FIELD_NUMBER: _ClassVar[int]
     FETCH_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_ON_CPU_FIELD_NUMBER: _ClassVar[int]
     hits: int
     misses: int
     hit_rate: float
@@ -144,7 +145,8 @@ class CacheCounters(_message.Message):
     staged: int
     fetch_seconds: float
     compute_seconds: float
-    def __init__(self, hits: _Optional[int] = ..., misses: _Optional[int] = ..., hit_rate: _Optional[float] = ..., bytes_fetched: _Optional[int] = ..., staged: _Optional[int] = ..., fetch_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
+    misses_on_cpu: int
+    def __init__(self, hits: _Optional[int] = ..., misses: _Optional[int] = ..., hit_rate: _Optional[float] = ..., bytes_fetched: _Optional[int] = ..., staged: _Optional[int] = ..., fetch_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., misses_on_cpu: _Optional[int] = ...) -> None: ...
 
 class PartSeconds(_message.Message):
     __slots__ = ("mamba_seconds", "attention_seconds", "moe_seconds", "mlp_seconds", "lm_head_seconds")

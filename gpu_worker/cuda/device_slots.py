@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gpu_worker.cuda.kernels import orders, prefetch
 from gpu_worker.cuda.kernels import slots as kernels
+from gpu_worker.cuda.kernels.lane import Lane
 from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory
 from gpu_worker.cuda.transfers import Download, upload
 from gpu_worker.slots.cache import LayerState
@@ -99,12 +100,15 @@ class DeviceSlots:
         """Whether every expert has its slot, which is then the one of its number: nothing is looked up."""
         return self.pool.shape[1] == self.frame_of.shape[1]
 
-    def resolve(self, layer: int, choices: Tensor) -> Tensor:
+    def resolve(
+        self, layer: int, choices: Tensor, lane: Lane | None = None, x: Tensor | None = None
+    ) -> Tensor:
         """choices (rows, k) int64, contiguous, to slot ids (rows, k) int32, valid until the next call.
 
-        The different experts must fit the slots; the host cannot be told here that they did not.
+        The different experts must fit the slots; the host cannot be told here that they did not. Of one row,
+        some may be handed over to a lane, with its activations x (1, blocks, 128) float32.
         """
-        kernels.resolve(choices, layer, *self._tables, self.slot_ids, self.pool.shape[2])
+        kernels.resolve(choices, layer, *self._tables, self.slot_ids, self.pool.shape[2], lane, x)
         return self.slot_ids[: choices.numel()].view(choices.shape)
 
     def fetch(self, layer: int) -> None:

@@ -16,6 +16,7 @@ from common.model_config import ModelConfig
 from common.record import RecordLayouts
 from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.fetch_ahead import FetchAhead
+from gpu_worker.cuda.host_lane import HostLane
 from gpu_worker.cuda.host_steps import HostSteps
 from gpu_worker.cuda.prompt_experts import PromptExperts
 from gpu_worker.cuda.record_copies import RecordCopies, wait_for
@@ -40,6 +41,7 @@ class DeviceExperts:
         hints: Hints,
         gates: Sequence[RouterWeights],
         config: ModelConfig,
+        lane: HostLane | None = None,
     ) -> None:
         """`gates`: the routers of all layers."""
         self.cache = cache
@@ -51,7 +53,8 @@ class DeviceExperts:
         ahead = self._by_device and hints.mode != "off"
         self._prompts = PromptExperts(layouts, cache, self.ring, ahead, self._counters)
         self._host = HostSteps(layouts, cache, copies, fetch, self._counters, hints, gates, config)
-        self._device = SlotSteps(layouts, cache, gates, config, ahead)
+        self._lane = lane
+        self._device = SlotSteps(layouts, cache, gates, config, ahead, lane.tensors if lane else None)
         able = self._device.can_guess(config.num_experts_per_tok)
         self._hints, self._ahead = hints, FetchAhead(hints.mode, cache, self.ring, able)
         if self._by_device:
@@ -79,6 +82,9 @@ class DeviceExperts:
         counters = self.cache.counters().plus(self._counters)
         for layer in counters.layers:
             layer.hits += self._not_looked_up
+        if self._lane is not None:
+            counters.misses_on_cpu = int(self._lane.tensors.computed.sum())
+            counters.bytes_fetched -= counters.misses_on_cpu * self.cache.pool.shape[2]
         return counters
 
     @property
@@ -97,6 +103,8 @@ class DeviceExperts:
     def before_step(self, rows: int) -> None:
         """Before every step that the device drives, once the last one's results were looked at."""
         self._ahead.before_step()
+        if self._lane is not None and rows == 1:
+            self._lane.wake()
         if self.cache.holds_all:  # then nothing is looked up, nor counted on the device
             self._not_looked_up += rows * self._config.num_experts_per_tok
 
@@ -121,7 +129,9 @@ class DeviceExperts:
         self.cache.check_integrity()
 
     def close(self) -> None:
-        self._copies.close()
+        self._copies.close()  # waits for the device
+        if self._lane is not None:
+            self._lane.close()
 
     def _load_all(self) -> None:
         """Every expert into the slot of its number, for steps that look nothing up."""

@@ -18,6 +18,7 @@ from common.expert_key import ExpertKey
 from common.model_config import ModelConfig
 from common.record import RecordLayouts
 from gpu_worker.cuda.device_slots import DeviceSlots, layer_state
+from gpu_worker.cuda.kernels.expert_products import Products
 from gpu_worker.cuda.kernels.slots import ABSENT
 from gpu_worker.cuda.linear import Activations
 from gpu_worker.cuda.record_copies import RecordCopies, now, wait_for
@@ -52,7 +53,7 @@ class HostSteps:
         self._copies, self._fetch, self._counters = copies, fetch, counters
         self._hints, self._gates, self._config = hints, gates, config
 
-    def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
+    def products(self, layer: int, x: Activations, choices: Tensor) -> Products:
         """See `StepExperts`. Raises what `Fetcher.stage` raises; what came until then stays resident."""
         asked = [choices, *self._cache.columns(layer)]
         hinted, resident = self._next_choices(layer, x), self._cache.directory.expert_of[layer + 1 :][:1]
@@ -72,7 +73,7 @@ class HostSteps:
                 self._kernels[layer](x, self._cache.pool[layer], pairs, choices.shape[1], products)
         finally:
             self._cache.restore(layer, slots.state())
-        return products
+        return Products(products)
 
     def _next_choices(self, layer: int, x: Activations) -> Tensor:
         """What the next layer's router makes of this layer's input, if hints are wanted: see `model.moe`."""

@@ -16,6 +16,7 @@ from gpu_worker.cuda.decode_model import DecodeModel
 from gpu_worker.cuda.device_slots import MAX_PAIRS, DeviceSlots
 from gpu_worker.cuda.engine import DeviceEngine
 from gpu_worker.cuda.experts import DeviceExperts
+from gpu_worker.cuda.host_lane import host_lane
 from gpu_worker.cuda.kernels.mamba2_prompt import PROMPT_KERNELS
 from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
 from gpu_worker.cuda.record_copies import RecordCopies
@@ -42,8 +43,10 @@ def device_engine(
     hints: Hints,
     config: ModelConfig,
     sync_fetch: bool = False,
+    cpu_experts: int | None = 0,
 ) -> DeviceEngine:
-    """`eager`: without captured graphs; `sync_fetch`: the host fetches records singly, and waits for each.
+    """`eager`: without captured graphs; `sync_fetch`: the host fetches records singly, and waits for each;
+    `cpu_experts`: threads that compute missing experts, None for as many as are to spare.
 
     Waits until a store that keeps every expert in RAM has read them all; Unavailable if that takes too long,
     ConfigError for more sequences than a step can take.
@@ -61,7 +64,10 @@ def device_engine(
             linear.computed_by(PackedLinear(linear.weight))
     gates = [block.mixer.gate for block in model_weights.blocks if isinstance(block.mixer, MoEWeights)]
     copies = RecordCopies(fetcher, arena, full, device, one_by_one=sync_fetch)
-    experts = DeviceExperts(layouts, cache, copies, hints, gates, config)
+    lane = None
+    if full and not sync_fetch and cpu_experts != 0 and config.num_experts_per_tok <= slots < shape[1]:
+        lane = host_lane(layouts, copies.arena, cache.pool[0], config, cpu_experts)
+    experts = DeviceExperts(layouts, cache, copies, hints, gates, config, lane)
     log.info("slots and staging: %s; %s", format_bytes(experts.nbytes), experts.describe())
     model = NemotronH(config, model_weights, experts, PROMPT_KERNELS)
     return DeviceEngine(model, DecodeModel(config, model_weights), pools, experts, eager)

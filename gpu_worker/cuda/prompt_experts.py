@@ -19,7 +19,7 @@ from torch import Tensor
 from common.expert_key import ExpertKey
 from common.record import RecordLayouts
 from gpu_worker.cuda.device_slots import DeviceSlots
-from gpu_worker.cuda.kernels.expert_products import combine
+from gpu_worker.cuda.kernels.expert_products import Products, combine
 from gpu_worker.cuda.kernels.grouped_product import GroupedExperts, Span
 from gpu_worker.cuda.kernels.slots import ABSENT
 from gpu_worker.cuda.staging_ring import StagingRing
@@ -107,7 +107,7 @@ class PromptExperts:
             absent = sorted(set(range(len(spans))).difference(residents[1]))
             self._ring.fill((ExpertKey(layer + 1, expert) for expert in absent), ahead=True)
         nothing = torch.zeros_like(x)
-        return combine(products, weights, nothing, nothing)
+        return combine(Products(products), weights, nothing, nothing)
 
 
 def _parts(spans: Sequence[Span]) -> Iterator[slice]:

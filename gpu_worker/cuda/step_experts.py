@@ -17,7 +17,8 @@ from common.model_config import ModelConfig
 from common.record import RecordLayout, RecordLayouts
 from gpu_worker.cuda.branch import Branch
 from gpu_worker.cuda.device_slots import DeviceSlots
-from gpu_worker.cuda.kernels.expert_products import ExpertProducts
+from gpu_worker.cuda.kernels.expert_products import ExpertProducts, Products
+from gpu_worker.cuda.kernels.lane import Lane
 from gpu_worker.cuda.kernels.router import routers, usable
 from gpu_worker.cuda.linear import Activations, squared_relu
 from gpu_worker.model.weights import RouterWeights
@@ -30,8 +31,8 @@ DEPTH = 3  # layers that are guessed for
 class StepExperts(Protocol):
     """The routed experts of one step."""
 
-    def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
-        """What expert choices[row, rank] makes of x's row: (rows * k, hidden) float32."""
+    def products(self, layer: int, x: Activations, choices: Tensor) -> Products:
+        """What expert choices[row, rank] makes of x's row."""
 
 
 class SlotKernels:
@@ -60,7 +61,8 @@ def _wanted(x: Activations, projection: ExpertProducts) -> Tensor:
 
 
 class SlotSteps:
-    """Implements `StepExperts` without the host: the device looks up, fetches, fetches ahead and computes.
+    """Implements `StepExperts` without waiting for the host: the device looks up, fetches, also ahead, and
+    computes; beside it the host may compute what it is handed over.
 
     Two branches run beside the step: guesses of what the next layers will choose, and the copies of those.
     The residual stream changes little from block to block, so a later layer's router mostly chooses from this
@@ -74,9 +76,11 @@ class SlotSteps:
         gates: Sequence[RouterWeights],
         config: ModelConfig,
         ahead: bool,
+        lane: Lane | None = None,
     ) -> None:
-        """`gates`: the routers of all layers; `ahead`: whether to copy ahead at all."""
+        """`gates`: the routers of all layers; `ahead`: whether to copy ahead at all; `lane`: for one row."""
         self._kernels, self._cache, self._config = kernels_of(layouts, SlotKernels), cache, config
+        self._lane = lane
         able = ahead and not cache.holds_all and usable(config)
         self._gates = _stacked(gates) if able and len(gates) > 1 else None
         self._copies, self._guesses = (Branch(cache.pool.device, first=True) for _ in range(2))
@@ -85,10 +89,10 @@ class SlotSteps:
         """Whether something is copied ahead in steps of so many pairs of rows and experts."""
         return self._gates is not None and self._cache.can_guess(pairs)
 
-    def products(self, layer: int, x: Activations, choices: Tensor) -> Tensor:
-        pool, k = self._cache.pool[layer], choices.shape[1]
+    def products(self, layer: int, x: Activations, choices: Tensor) -> Products:
+        pool, (rows, k) = self._cache.pool[layer], choices.shape
         if self._cache.holds_all:
-            return self._kernels[layer](x, pool, choices.view(-1), k)
+            return Products(self._kernels[layer](x, pool, choices.view(-1), k))
         later = self._guessed(layer, choices.numel())
         if later:
             with self._guesses.beside():
@@ -96,15 +100,16 @@ class SlotSteps:
             self._copies.after(self._guesses)
             with self._copies.beside():  # with this layer's, which it helps to fetch
                 self._cache.fetch_ahead(range(layer, later.stop))
-        slot_ids = self._cache.resolve(layer, choices)
+        lane = self._lane if rows == 1 else None
+        slot_ids = self._cache.resolve(layer, choices, lane, x.rotated if lane else None).view(-1)
         self._cache.fetch(layer)
-        products = self._kernels[layer](x, pool, slot_ids.view(-1), k)
+        products = self._kernels[layer](x, pool, slot_ids, k)
         if later:
             # Before x is given up, which the guess reads, and before the next layer is resolved.
             self._guesses.join()
         elif self._guessed(layer - 1, choices.numel()):  # the last layer
             self._copies.join()
-        return products
+        return Products(products, lane, slot_ids)
 
     def _guessed(self, layer: int, pairs: int) -> range:
         """The layers whose choices are guessed from what this one reads, in a step of so many pairs."""

@@ -29,6 +29,7 @@ class CacheCounters:
     staged: int = 0  # misses that had to wait for the store's disk
     fetch_seconds: float = 0.0  # copying records and waiting for those that were staged
     compute_seconds: float = 0.0  # computing experts; not counted on a GPU
+    misses_on_cpu: int = 0  # computed there by a GPU's worker, and not fetched
 
     @classmethod
     def of_layers(cls, layers: int) -> CacheCounters:
@@ -52,6 +53,7 @@ class CacheCounters:
             self.staged + sign * other.staged,
             self.fetch_seconds + sign * other.fetch_seconds,
             self.compute_seconds + sign * other.compute_seconds,
+            self.misses_on_cpu + sign * other.misses_on_cpu,
         )
 
     @property

@@ -34,11 +34,12 @@ class Worker:
     policy: str
     prefetch: str
     prompts: tuple[int, ...]  # tokens
+    cpu_experts: str = "auto"  # threads of the CPU that compute missing experts
     options: tuple[str, ...] = ()  # more of gpu-worker start
 
     @property
     def what(self) -> str:
-        return f"{self.budget}, {self.policy}, prefetch {self.prefetch}"
+        return f"{self.budget}, {self.policy}, prefetch {self.prefetch}, CPU {self.cpu_experts}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class PairRow(Row):
     policy: str
     prefetch: str  # as asked for
     prefetch_in_force: str
+    cpu_experts: str  # as asked for
     prompt: int
     new: int
     start_seconds: float
@@ -82,6 +84,7 @@ class PairRow(Row):
     hit_rate: float | None  # None: nothing was looked up, since every expert has its slot
     bytes_per_token: float
     link_share: float | None
+    on_cpu_per_token: float  # experts computed there
     guesses: int
     guesses_useful: int
     worker_bytes: int | None  # the most it has taken, as it says
@@ -101,9 +104,10 @@ class PairRow(Row):
             "client": f"{self.client_decode.median:7.4g}", "prefill/s": f"{self.prefill.median:.4g}",
             "first ms": f"{self.first_ms.median:.4g}", "hits": _percent(self.hit_rate),
             "MB/token": f"{self.bytes_per_token / 1e6:.1f}", "link": _percent(self.link_share),
-            "guesses": f"{self.guesses_useful}/{self.guesses}", "worker GB": _gigabytes(self.worker_bytes),
-            "driver GB": _gigabytes(self.driver_bytes), "x ref": _number(self.to_reference),
-            "of auto": _percent(self.to_unbounded), "tokens": self.digest,
+            "on CPU": f"{self.on_cpu_per_token:.1f}", "guesses": f"{self.guesses_useful}/{self.guesses}",
+            "worker GB": _gigabytes(self.worker_bytes), "driver GB": _gigabytes(self.driver_bytes),
+            "x ref": _number(self.to_reference), "of auto": _percent(self.to_unbounded),
+            "tokens": self.digest,
         }  # fmt: skip
 
 
@@ -130,9 +134,11 @@ def measure(
 
 def _command(worker: Worker, workload: Workload) -> list[str]:
     budget = ["--vram", worker.budget] if worker.budget else []
+    threads = [] if worker.cpu_experts == "auto" else ["--cpu-experts", worker.cpu_experts]
     return [
         "--device", workload.device, *budget, "--max-context", str(workload.context),
-        "--policy", worker.policy, "--prefetch", worker.prefetch, *worker.options,
+        "--policy", worker.policy, "--prefetch", worker.prefetch, *threads,
+        *worker.options,
     ]  # fmt: skip
 
 
@@ -172,6 +178,7 @@ def _row(
         policy=stats.policy,
         prefetch=worker.prefetch,
         prefetch_in_force=stats.prefetch,
+        cpu_experts=worker.cpu_experts,
         prompt=usage.prompt_tokens,
         new=usage.completion_tokens,
         start_seconds=pair.start_seconds,
@@ -182,6 +189,7 @@ def _row(
         hit_rate=_hit_rate(parts),
         bytes_per_token=moved / tokens,
         link_share=rate / yardsticks.link if yardsticks.link else None,
+        on_cpu_per_token=sum(part.on_cpu for part in parts) / tokens,
         guesses=sum(part.guesses for part in parts),
         guesses_useful=sum(part.useful for part in parts),
         worker_bytes=stats.vram_peak or None,

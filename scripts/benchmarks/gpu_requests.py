@@ -43,6 +43,7 @@ class Decoded:
     seconds: float  # by the worker's clock
     hits: int
     misses: int
+    on_cpu: int  # of the misses
     bytes_moved: int
     guesses: int  # experts copied ahead of their layer's choice
     useful: int  # and then chosen
@@ -84,6 +85,7 @@ def decoded(short: pb.Finish, long: pb.Finish, before: pb.WorkerStats, after: pb
         seconds=long.timings.decode_ms / 1e3,
         hits=long.cache.hits - short.cache.hits,
         misses=long.cache.misses - short.cache.misses,
+        on_cpu=long.cache.misses_on_cpu - short.cache.misses_on_cpu,
         bytes_moved=long.cache.bytes_fetched - short.cache.bytes_fetched,
         guesses=after.hints_sent - before.hints_sent,
         useful=after.hints_useful - before.hints_useful,

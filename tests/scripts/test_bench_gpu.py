@@ -19,12 +19,12 @@ from common.rpc import gpu_worker_pb2 as pb
 
 SHORT = pb.Finish(
     usage=pb.Usage(prompt_tokens=128, completion_tokens=1),
-    cache=pb.CacheCounters(hits=700, misses=2200, bytes_fetched=14_000),
+    cache=pb.CacheCounters(hits=700, misses=2200, bytes_fetched=14_000, misses_on_cpu=10),
 )
 LONG = pb.Finish(
     usage=pb.Usage(prompt_tokens=128, completion_tokens=11),
     timings=pb.Timings(decode_ms=50),
-    cache=pb.CacheCounters(hits=1700, misses=2580, bytes_fetched=17_000),
+    cache=pb.CacheCounters(hits=1700, misses=2580, bytes_fetched=17_000, misses_on_cpu=40),
 )
 
 
@@ -40,7 +40,7 @@ def test_what_decoding_did_is_what_the_longer_request_did_more() -> None:
     before = pb.WorkerStats(hints_sent=100, hints_useful=60)
     after = pb.WorkerStats(hints_sent=130, hints_useful=80)
     expected = Decoded(
-        tokens=10, seconds=0.05, hits=1000, misses=380, bytes_moved=3000, guesses=30, useful=20
+        tokens=10, seconds=0.05, hits=1000, misses=380, on_cpu=30, bytes_moved=3000, guesses=30, useful=20
     )
     assert decoded(SHORT, LONG, before, after) == expected
 
@@ -60,6 +60,8 @@ def test_each_worker_is_measured_once_and_comparisons_by_the_first_prompt() -> N
     ]
     args.groups = ["prefetch"]
     assert [w.prefetch for w in bench_gpu.workers(args)] == ["off", "auto"]
+    args.groups = ["lane"]
+    assert [w.cpu_experts for w in bench_gpu.workers(args)] == ["0", "auto"]
 
 
 def test_rows_are_kept_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ experts to slots and filling these (`slots`), prompts (`grouped_product`).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from common.hlwq.planes import BLOCK, RAW_BITS, padded
 from common.record import MatrixLayout
+from gpu_worker.cuda.kernels.lane import HANDED_OVER, Lane, wait_for_answer
 from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.cuda.kernels.packed_product import product_plain
 from gpu_worker.cuda.kernels.packed_words import INTERPRETED
@@ -44,13 +47,27 @@ def expert_products_plain(
     return y
 
 
-def combine_plain(products: Tensor, weights: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
-    """residual + shared + the weighted sum of products (rows * k, hidden) float32 in rank order.
+class Products(NamedTuple):
+    """What the experts of each (row, rank) made of its row, and where that is."""
+
+    here: Tensor  # (rows * k, hidden) float32
+    # Of one row: products of pairs whose slot ids (k,) say that they were handed over come by this lane.
+    lane: Lane | None = None
+    slot_ids: Tensor | None = None
+
+
+def combine_plain(products: Products, weights: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
+    """residual + shared + the weighted sum of the products in rank order.
 
     weights (rows, k) float32; shared and residual (rows, hidden), whose type the result has; rounded once.
     """
     rows, k = weights.shape
-    ranked = products.view(rows, k, -1)
+    ranked = products.here.view(rows, k, -1)
+    if products.lane is not None and products.slot_ids is not None:
+        while products.lane.answered != products.lane.posted:
+            pass
+        elsewhere = (products.slot_ids[:k] == HANDED_OVER.value)[None, :, None]
+        ranked = torch.where(elsewhere, products.lane.products.to(ranked.device), ranked)
     total = ranked[:, 0] * weights[:, :1]
     for rank in range(1, k):
         total = total + ranked[:, rank] * weights[:, rank : rank + 1]
@@ -91,14 +108,17 @@ class ExpertProducts:
         return y
 
 
-def combine(products: Tensor, weights: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
+def combine(products: Products, weights: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
     """As `combine_plain`, into `residual`, which is returned."""
     rows, hidden = residual.shape
-    k, block = weights.shape[1], 128
+    k, block, lane = weights.shape[1], 128, products.lane
     grid = (triton.cdiv(hidden, block), rows)
+    answer = (None,) * 4 if lane is None else (products.slot_ids, lane.posted, lane.answered, lane.products)
     _combine_kernel[grid](
-        products, weights, shared, residual, hidden, K=k, BLOCK=block, num_warps=1, **overlapping()
-    )
+        products.here, weights, shared, residual, hidden, *answer,
+        K=k, PAIRS=triton.next_power_of_2(k), BLOCK=block, LANE=lane is not None, num_warps=1,
+        **overlapping(),
+    )  # fmt: skip
     return residual
 
 
@@ -160,14 +180,24 @@ def _raw_kernel(
 
 @triton.jit
 def _combine_kernel(
-    products, weights, shared, residual, hidden, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
+    products, weights, shared, residual, hidden, slot_ids, posted, answered, lane_products,
+    K: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     wait_for_inputs(OVERLAP)
     column, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     inside = column < hidden
     total = tl.zeros([BLOCK], tl.float32)
+    if LANE:
+        rank = tl.arange(0, PAIRS)
+        slots = tl.load(slot_ids + rank, mask=rank < K, other=0)
+        if tl.min(slots, 0) == HANDED_OVER:
+            wait_for_answer(posted, answered)
     for rank in tl.static_range(K):
-        product = tl.load(products + (row * K + rank) * hidden + column, mask=inside, other=0.0)
+        place = (row * K + rank) * hidden + column
+        product = tl.load(products + place, mask=inside, other=0.0)
+        if LANE:  # noqa: SIM102, the compiler's if and the device's
+            if tl.load(slot_ids + rank) == HANDED_OVER:
+                product = tl.load(lane_products + place, mask=inside, other=0.0, cache_modifier=".cv")
         total += product * tl.load(weights + row * K + rank)
     place = row * hidden + column
     total += tl.load(shared + place, mask=inside, other=0.0).to(tl.float32)

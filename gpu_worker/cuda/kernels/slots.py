@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_worker.cuda.kernels.lane import HANDED_OVER, Lane, hand_over, hand_over_plain
 from gpu_worker.cuda.kernels.orders import AHEAD, GIVEN_UP, Orders, chunks_of, lanes, order_copies
 from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.slots.policies import POLICIES, Usage
@@ -54,6 +55,8 @@ def resolve_plain(
     frame_of: Tensor,
     slot_ids: Tensor,
     stride: int,
+    lane: Lane | None = None,
+    x: Tensor | None = None,
 ) -> None:
     """Find or make room for every expert of choices (rows, k) int64, contiguous, 128 pairs at most.
 
@@ -61,15 +64,22 @@ def resolve_plain(
     ascending order of experts, with frames from frame_of (layers, experts) int32 and records of `stride`
     bytes. An awaited expert that is chosen counts as found where it is going. One that is not is given up,
     and its slot, which a copy may still write to, stays free for this step. The different experts must fit
-    the other slots; slot_ids says -1 for one that does not.
+    the other slots; slot_ids says -1 for one that does not. With a lane, for one row, whose activations are
+    x, some of what is absent is handed over, and counts as missing: see `lane.hand_over_plain`.
     """
     needed = sorted(set(choices.flatten().tolist()))
     slot_of, expert_of = directory.slot_of[layer], directory.expert_of[layer]
-    given_up = _settle_awaited(layer, directory, awaited, orders, needed, stride)
+    handed: list[int] = []
+    given_up: list[int] = []
+    if lane is not None and x is not None:
+        guesses = awaited.expert[layer], awaited.counters[layer, 0]
+        handed, given_up = hand_over_plain(choices, layer, slot_of, *guesses, orders, frame_of, x, lane)
+        needed = [expert for expert in needed if expert not in handed]
+    given_up += _settle_awaited(layer, directory, awaited, orders, needed, stride)
     absent = [expert for expert in needed if slot_of[expert] == ABSENT]
     places = [int(slot_of[expert]) for expert in needed if slot_of[expert] != ABSENT]
     directory.clock[layer] += 1
-    directory.counters[layer] += torch.tensor([len(places), len(absent)]).to(directory.counters)
+    directory.counters[layer] += torch.tensor([len(places), len(absent) + len(handed)]).to(directory.counters)
     directory.last_used[layer, places] = directory.clock[layer]
     directory.uses[layer, places] += 1
     clock = int(directory.clock[layer])
@@ -85,7 +95,9 @@ def resolve_plain(
     orders.slot[layer, missed] = torch.tensor(filled, dtype=torch.int32)
     orders.claimed[layer, missed] = orders.done[layer, missed] = 0
     orders.due[layer, missed] = chunks_of(stride)
-    slot_ids[: choices.numel()] = slot_of[choices.flatten()]
+    slots = slot_of[choices.flatten()]
+    slots[torch.isin(choices.flatten(), choices.new_tensor(handed))] = HANDED_OVER.value
+    slot_ids[: choices.numel()] = slots
 
 
 def resolve(
@@ -98,11 +110,15 @@ def resolve(
     frame_of: Tensor,
     slot_ids: Tensor,
     stride: int,
+    lane: Lane | None = None,
+    x: Tensor | None = None,
 ) -> None:
     """As `resolve_plain`, in one program."""
+    mailbox = (None,) * 6 if lane is None else (x, lane.request, lane.x, *lane[4:])
     _resolve_kernel[(1,)](
         choices, layer, directory.expert_of.shape[1], *directory, *awaited, *orders, frame_of, slot_ids,
-        STRIDE=stride, **deciding(choices.numel(), directory, orders, policy, stride),
+        *mailbox, COLUMNS=0 if x is None else x.numel(), STRIDE=stride,
+        **deciding(choices.numel(), directory, orders, policy, stride),
     )  # fmt: skip
 
 
@@ -197,20 +213,26 @@ def among(which, slot):
 
 
 @triton.jit
-def _empty(which, slot, resident, now, slot_of, last_used, uses):
-    """Slots for what is missing: what they held is absent from now on."""
-    tl.store(last_used + slot, now, mask=which)
-    tl.store(uses + slot, 1, mask=which)
-    tl.store(slot_of + resident, -1, mask=which & (resident >= 0))
+def _take_slots(
+    expert, missing, first, misses, may_go, slot, resident, recency, frequency, now, slot_of, last_used, uses,
+    FREQUENCY: tl.constexpr,
+):  # fmt: skip
+    """Each missing pair's place in the ascending order of misses, and the slot whose turn that is, or -1.
+
+    Pairs of one expert get the same. What these slots held is absent from now on.
+    """
+    turn = turns(may_go, *worth(recency, frequency, now, resident < 0, FREQUENCY), slot)
+    emptied = may_go & (turn < misses)
+    tl.store(last_used + slot, now, mask=emptied)
+    tl.store(uses + slot, 1, mask=emptied)
+    tl.store(slot_of + resident, -1, mask=emptied & (resident >= 0))
+    order = tl.sum(((first & missing)[None, :] & (expert[None, :] < expert[:, None])).to(tl.int32), 1)
+    return order, tl.max(tl.where(may_go[None, :] & (turn[None, :] == order[:, None]), slot[None, :], -1), 1)
 
 
 @triton.jit
-def _settle_guesses(
-    guess, expert, right, awaited, counters, claimed, due, CHUNKS: tl.constexpr, STRIDE: tl.constexpr
-):  # fmt: skip
-    """Nothing is awaited any more: give up the orders of wrong guesses, count what all brought and cost."""
-    wrong = (expert >= 0) & ~right
-    tl.store(awaited + guess, -1, mask=expert >= 0)
+def _settle_guesses(guess, right, wrong, counters, claimed, due, CHUNKS: tl.constexpr, STRIDE: tl.constexpr):
+    """Give up the orders of wrong guesses, count what all brought and cost."""
     chosen = tl.sum(right.to(tl.int64), 0)
     tl.atomic_add(counters + 1, chosen, sem="relaxed")
     tl.atomic_add(counters + 2, chosen * STRIDE, sem="relaxed")
@@ -225,7 +247,8 @@ def _settle_guesses(
 def _resolve_kernel(
     choices, layer, slots, slot_of, expert_of, last_used, uses, clock, counters,
     awaited_expert, awaited_counters, order_frame, order_slot, claimed, done, due, frame_of, slot_ids,
-    EXPERTS: tl.constexpr, PAIRS: tl.constexpr, PADDED_SLOTS: tl.constexpr,
+    x, request, lane_x, posted, share, computed,
+    COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr, PADDED_SLOTS: tl.constexpr,
     PADDED_PAIRS: tl.constexpr, ORDERS: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr,
     CHUNKS: tl.constexpr, STRIDE: tl.constexpr, FREQUENCY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -234,14 +257,12 @@ def _resolve_kernel(
     chosen, exists = pair < PAIRS, slot < slots
     slot_of += layer * EXPERTS
     expert_of += layer * slots
-    last_used += layer * slots
-    uses += layer * slots
+    last_used, uses = last_used + layer * slots, uses + layer * slots
     counters += layer * 2
     awaited_expert += layer * AHEAD
     awaited_counters += layer * 3
-    order_slot += layer * ORDERS
-    claimed += layer * ORDERS
-    due += layer * ORDERS
+    order_frame, order_slot = order_frame + layer * ORDERS, order_slot + layer * ORDERS
+    claimed, done, due = claimed + layer * ORDERS, done + layer * ORDERS, due + layer * ORDERS
 
     expert = tl.load(choices + pair, mask=chosen, other=EXPERTS).to(tl.int32)
     resident = tl.load(expert_of + slot, mask=exists, other=-1)
@@ -254,10 +275,17 @@ def _resolve_kernel(
     its_slot = tl.load(order_slot + guess, mask=awaited >= 0, other=-1)
 
     same = expert[:, None] == awaited[None, :]
-    place = tl.maximum(place, tl.max(tl.where(same, its_slot[None, :], -1), 1))
     arrived = tl.max(same.to(tl.int32), 0) > 0
+    handed, dropped = chosen & False, arrived & False
+    if COLUMNS > 0:  # a lane, and one row
+        handed, dropped = hand_over(
+            pair, expert, chosen, place, frame, guess, same, layer, claimed, due, awaited_counters,
+            x, request, lane_x, posted, share, computed, COLUMNS, AHEAD,
+        )  # fmt: skip
+    arrived, same = arrived & ~dropped, same & ~dropped[None, :]
+    place = tl.maximum(place, tl.max(tl.where(same, its_slot[None, :], -1), 1))
     first = first_of_equals(expert, chosen, pair)
-    found, missing = chosen & (place >= 0), chosen & (place < 0)
+    found, missing = chosen & (place >= 0), chosen & (place < 0) & ~handed
     in_use = among(place, slot)
     misses = tl.sum((first & missing).to(tl.int32), 0)
 
@@ -265,27 +293,25 @@ def _resolve_kernel(
     tl.debug_barrier()
     tl.store(clock + layer, now)
     tl.atomic_add(counters, tl.sum((first & found).to(tl.int64), 0), sem="relaxed")
-    tl.atomic_add(counters + 1, misses.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 1, misses.to(tl.int64) + tl.sum(handed.to(tl.int64), 0), sem="relaxed")
     tl.store(last_used + slot, now, mask=in_use)
     tl.store(uses + slot, frequency + 1, mask=in_use)
-    tl.store(slot_ids + pair, place, mask=found)
+    tl.store(slot_ids + pair, tl.where(handed, HANDED_OVER, place), mask=found | handed)
     tl.store(slot_of + awaited, its_slot, mask=arrived)
     tl.store(expert_of + its_slot, awaited, mask=arrived)
-    _settle_guesses(
-        guess, awaited, arrived, awaited_expert, awaited_counters, claimed, due, CHUNKS, STRIDE
-    )  # fmt: skip
+    tl.store(awaited_expert + guess, -1, mask=awaited >= 0)
+    wrong = (awaited >= 0) & ~arrived & ~dropped
+    _settle_guesses(guess, arrived, wrong, awaited_counters, claimed, due, CHUNKS, STRIDE)
     if misses > 0:  # seldom, where there are many slots, and it takes longer than the rest
         may_go = exists & ~in_use & ~among(its_slot, slot)
-        turn = turns(may_go, *worth(recency, frequency, now, resident < 0, FREQUENCY), slot)
-        _empty(may_go & (turn < misses), slot, resident, now, slot_of, last_used, uses)
-        # The place in the ascending order of misses; pairs of one expert get the same.
-        order = tl.sum(((first & missing)[None, :] & (expert[None, :] < expert[:, None])).to(tl.int32), 1)
-        taken = tl.max(tl.where(may_go[None, :] & (turn[None, :] == order[:, None]), slot[None, :], -1), 1)
-        settles = missing & (taken >= 0)
+        order, taken = _take_slots(
+            expert, missing, first, misses, may_go, slot, resident, recency, frequency, now, slot_of,
+            last_used, uses, FREQUENCY,
+        )  # fmt: skip
         tl.store(slot_ids + pair, taken, mask=missing)
-        tl.store(slot_of + expert, taken, mask=settles)
-        tl.store(expert_of + taken, expert, mask=settles)
+        tl.store(slot_of + expert, taken, mask=missing & (taken >= 0))
+        tl.store(expert_of + taken, expert, mask=missing & (taken >= 0))
         order_copies(
-            order_frame + layer * ORDERS, order_slot, claimed, done + layer * ORDERS, due,
-            AHEAD + order, frame, taken, settles, settles & first, CHUNKS,
+            order_frame, order_slot, claimed, done, due, AHEAD + order, frame, taken, missing & (taken >= 0),
+            first & missing & (taken >= 0), CHUNKS,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from common.hlwq.quantize import pack_matrix
 from common.record import MatrixLayout, matrix_layout
 from gpu_worker.cuda.kernels.expert_products import (
     ExpertProducts,
+    Products,
     combine,
     combine_plain,
     expert_products_plain,
@@ -59,6 +60,6 @@ def test_a_pair_does_not_depend_on_its_slot_nor_on_other_pairs(device: torch.dev
 def test_combine(rows: int, k: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
     products, weights = torch.randn(rows * k, hidden, device=device), torch.rand(rows, k, device=device)
     shared, residual = (torch.randn(rows, hidden, device=device).to(dtype) for _ in range(2))
-    expected = combine_plain(products, weights, shared, residual)
-    assert combine(products, weights, shared, residual) is residual
+    expected = combine_plain(Products(products), weights, shared, residual)
+    assert combine(Products(products), weights, shared, residual) is residual
     assert relative_error(residual, expected) < (1e-6 if dtype is torch.float32 else 5e-3)

@@ -1,0 +1,185 @@
+"""The device's end of the lane: experts that the host's processor computes while others come over the link.
+
+A step of one sequence hands over some of the experts that are absent and that nobody has begun to copy: these
+get no slot. The layer's activations and the frames of these experts go to page-locked memory, and the step
+goes on; `expert_products.combine` waits for the answer. The host computes in the order of operations that
+`row_products` and `rotation` have, so nothing of this changes a bit. Not done here: the host's end
+(`gpu_worker.kernels.expert_lane`), resolving the other experts (`slots`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_worker.cuda.kernels.orders import GIVEN_UP, Orders
+from gpu_worker.cuda.kernels.packed_words import INTERPRETED
+
+HANDED_OVER = tl.constexpr(-2)  # instead of a slot id
+SHARES = tl.constexpr(16)
+_FENCED = tl.constexpr(not INTERPRETED)  # the interpreter does one thing after the other
+# About a microsecond each: an answer that takes half a minute will not come.
+_MOST_LOOKS = tl.constexpr(1 << 25)
+
+
+class Lane(NamedTuple):
+    """The mailbox, in page-locked memory of the host, and what the device notes; int32 unless said."""
+
+    request: Tensor  # (2 + pairs,): a number, written last; the layer; the frame of each pair's expert, or -1
+    x: Tensor  # (columns,) float32: the activations of the request, rotated
+    answered: Tensor  # (1,): the number of the last request that was answered
+    products: Tensor  # (pairs, hidden) float32: the answer
+    posted: Tensor  # (1,): the number of the last request
+    share: Tensor  # (1,): of experts that could be handed over, in SHARES-ths, rounded up
+    computed: Tensor  # (layers,) int64: experts that were handed over
+
+
+def hand_over_plain(
+    choices: Tensor,
+    layer: int,
+    slot_of: Tensor,
+    awaited: Tensor,
+    kept_up: Tensor,
+    orders: Orders,
+    frame_of: Tensor,
+    x: Tensor,
+    lane: Lane,
+) -> tuple[list[int], list[int]]:
+    """Post the share of choices (1, k) that no copy has been begun for; x (1, blocks, 128) float32 is theirs.
+
+    slot_of (experts,), awaited (AHEAD,) and kept_up (1,) are the layer's. Experts that were not foreseen go
+    first, in ascending order, then the last guesses; these are awaited no more. Returns the experts, and the
+    slots of guesses that were given up.
+    """
+    chosen, guesses = choices.flatten().tolist(), awaited.tolist()
+    unforeseen = sorted(expert for expert in chosen if slot_of[expert] < 0 and expert not in guesses)
+    unbegun = [n for n, expert in enumerate(guesses) if expert in chosen and orders.claimed[layer, n] == 0]
+    count = _share_of(len(unforeseen) + len(unbegun), int(lane.share))
+    handed = unforeseen[:count]
+    given_up = unbegun[::-1][: count - len(handed)]
+    handed += [guesses[order] for order in given_up]
+    slots = orders.slot[layer, given_up].tolist()
+    orders.claimed[layer, given_up], orders.due[layer, given_up] = GIVEN_UP.value, 0
+    awaited[given_up] = -1
+    kept_up -= len(given_up)
+    lane.computed[layer] += len(handed)
+    if handed:
+        lane.x.copy_(x.flatten())
+        lane.request[1] = layer
+        for pair, expert in enumerate(chosen):
+            lane.request[2 + pair] = int(frame_of[layer, expert]) if expert in handed else -1
+        lane.posted.add_(1)
+        lane.request[0] = lane.posted[0]
+    return handed, slots
+
+
+def _share_of(count: int, share: int) -> int:
+    return -(-count * share // SHARES.value)
+
+
+@triton.jit
+def hand_over(
+    pair, expert, chosen, place, frame, guess, same, layer, claimed, due, kept_up,
+    activations, request, x, posted, share, computed,
+    COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Hand over pairs of one row, as `hand_over_plain` does: masks of the pairs, and of their guesses.
+
+    same (pairs, guesses): whether a pair's expert is awaited by a guess.
+    """
+    unforeseen = chosen & (place < 0) & (tl.max(same.to(tl.int32), 1) == 0)
+    right = tl.max(same.to(tl.int32), 0) > 0
+    handed, dropped = chosen & False, right & False
+    if tl.max(unforeseen.to(tl.int32), 0) + tl.max(right.to(tl.int32), 0) > 0:
+        handed, dropped = _divided(expert, unforeseen, guess, right, claimed, share, AHEAD)
+        handed |= tl.max((same & dropped[None, :]).to(tl.int32), 1) > 0
+        if tl.max(handed.to(tl.int32), 0) > 0:
+            _post(handed, pair, chosen, layer, frame, activations, request, x, posted, COLUMNS)
+            tl.store(due + guess, 0, mask=dropped)
+            tl.atomic_add(kept_up, -tl.sum(dropped.to(tl.int64), 0), sem="relaxed")
+            tl.atomic_add(computed + layer, tl.sum(handed.to(tl.int64), 0), sem="relaxed")
+    return handed, dropped
+
+
+@triton.jit
+def _divided(
+    expert, unforeseen, guess, right, claimed, share, AHEAD: tl.constexpr
+):  # fmt: skip
+    """The lane's share of `unforeseen` pairs and then of `right` guesses: masks of both.
+
+    A guess that somebody has begun to copy is left to that.
+    """
+    # Orders beyond AHEAD are not guesses; such lanes look at the first order of all.
+    known = tl.where(guess < AHEAD, guess, 0)
+    unbegun = right & (tl.load(claimed + known, volatile=True) == 0)
+    misses = tl.sum(unforeseen.to(tl.int32), 0)
+    count = ((misses + tl.sum(unbegun.to(tl.int32), 0)) * tl.load(share) + SHARES - 1) // SHARES
+    order = tl.sum((unforeseen[None, :] & (expert[None, :] < expert[:, None])).to(tl.int32), 1)
+    pairs = unforeseen & (order < count)
+    from_last = tl.sum((unbegun[None, :] & (guess[None, :] > guess[:, None])).to(tl.int32), 1)
+    wanted = unbegun & (from_last < count - tl.minimum(misses, count))
+    # This knows no mask, but there is no claim of -1 chunks. Whoever began to copy meanwhile, goes on.
+    there, then = tl.where(wanted, 0, -1), tl.full(guess.shape, GIVEN_UP, tl.int32)
+    guesses = wanted & (tl.atomic_cas(claimed + known, there, then, sem="relaxed") == 0)
+    return pairs, guesses
+
+
+@triton.jit
+def _post(handed, pair, chosen, layer, frame, activations, request, x, posted, COLUMNS: tl.constexpr):
+    number = tl.load(posted) + 1
+    for start in tl.static_range(0, COLUMNS, 2048):  # as many loads at once as registers allow
+        column = start + tl.arange(0, 2048)
+        inside = column < COLUMNS
+        tl.store(x + column, tl.load(activations + column, mask=inside), mask=inside)
+    tl.store(request + 2 + pair, tl.where(handed, frame, -1), mask=chosen)
+    tl.store(request + 1, layer)
+    _fence()  # of all threads, before one tells
+    tl.debug_barrier()
+    tl.store(posted, number)
+    tl.store(request, number)
+
+
+@triton.jit
+def wait_for_answer(posted, answered):
+    """Until the last request is answered; what the answer says may be read from here on, uncached."""
+    number, looks = tl.load(posted), 0
+    while _look(answered) != number:
+        looks += 1
+        if looks > _MOST_LOOKS:
+            _give_up()
+
+
+@triton.jit
+def _fence():
+    """Of every thread, towards the host."""
+    if _FENCED:
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; mov.u32 $0, $1;", "=r,r", [tl.zeros([32], tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _look(answered):
+    """The number there, after which every thread sees what the host had written before it."""
+    if _FENCED:
+        address = tl.zeros([32], tl.int64) + answered.to(tl.int64)
+        numbers = tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [address],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        return tl.max(numbers, 0)
+    return tl.load(answered, volatile=True)
+
+
+@triton.jit
+def _give_up():
+    """The device fails, and with it the process."""
+    if _FENCED:
+        tl.inline_asm_elementwise(
+            "trap; mov.u32 $0, $1;", "=r,r", [tl.zeros([32], tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
