@@ -124,8 +124,9 @@ class WorkerConfig(MetricsConfig, ServerConfig):
     cpu_experts: Annotated[
         int | None,
         Option(
-            "On a GPU, threads that compute experts which are missing from the slots, while others come over "
-            "the link; 0: none. Any number gives the same output. Default: cores to spare.",
+            "On a GPU whose store has every expert in RAM: threads that compute missing experts on the CPU "
+            "while others come over the link, where one sequence is decoded. They are busy as long as tokens "
+            "are made. 0: none. Any number gives the same output. Default: cores to spare.",
             metavar="N",
         ),
     ] = None

@@ -99,7 +99,8 @@ def _cache(stats: pb.WorkerStats) -> Iterator[Metric]:
     misses = [(str(n), float(layer.misses)) for n, layer in enumerate(stats.layers)]
     yield counters_by("worker_expert_hits", "Experts a step needed and found in a slot.", "layer", hits)
     yield counters_by("worker_expert_misses", "Experts a step needed and did not find.", "layer", misses)
-    yield counter("worker_cpu_experts", "Of these misses, computed on the CPU.", stats.cache.misses_on_cpu)
+    on_cpu = "Missing experts that a GPU's worker computed on the CPU."
+    yield counter("worker_cpu_experts", on_cpu, stats.cache.misses_on_cpu)
     yield gauge(
         "worker_slots_per_layer", "Slots of each layer; 0: experts stay in frames.", stats.slots_per_layer
     )

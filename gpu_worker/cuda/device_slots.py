@@ -45,6 +45,7 @@ class DeviceSlots:
                                     ^                                                             |
                                     +--------------------- another expert's ----------------------+
         FREE or RESIDENT --reserve--> AWAITED --resolve--> RESIDENT if it was chosen, else FREE
+                                      AWAITED --resolve--> FREE if it was handed over to a lane
                                       AWAITED --reserve--> FREE if it is no longer predicted, nor begun
 
     Invariant: an expert's slot holds that expert, and no other slot does. Every `resolve` is followed by the

@@ -129,9 +129,11 @@ class DeviceExperts:
         self.cache.check_integrity()
 
     def close(self) -> None:
-        self._copies.close()  # waits for the device
-        if self._lane is not None:
-            self._lane.close()
+        try:
+            self._copies.close()  # waits for the device
+        finally:
+            if self._lane is not None:
+                self._lane.close()
 
     def _load_all(self) -> None:
         """Every expert into the slot of its number, for steps that look nothing up."""

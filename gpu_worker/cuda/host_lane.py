@@ -12,6 +12,7 @@ import logging
 import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,7 +33,9 @@ from gpu_worker.kernels.expert_lane import MOST_PAIRS, ExpertLane, Mailbox
 
 log = logging.getLogger(__name__)
 
-_LEFT_ALONE = 2  # cores: for the thread that runs steps, and the one that serves clients
+NO_LANE = "no expert is computed on the CPU: %s"
+
+_LEFT_ALONE = 3  # cores that the worker's own threads, the driver's and the store's have
 _FEWEST, _MOST = 2, 16  # threads that are worth it, and that one record can feed
 _MEASURED = 24  # records
 
@@ -71,15 +74,16 @@ def host_lane(
     arena: every expert is READY there for good; pool (slots, stride) uint8: free slots, to measure by.
     """
     threads = spare_threads() if threads is None else threads
-    reason = _unusable(layouts, config, threads)
-    if reason is None:
-        native.set_threads(threads)
-        reason = _differs(layouts, arena, pool.device)
+    reason = _unusable(layouts, config, threads) or _differs(layouts, arena, pool.device)
     if reason is not None:
-        log.info("no expert is computed on the CPU: %s", reason)
+        log.info(NO_LANE, reason)
         return None
+    native.set_threads(threads)
     here, link = _seconds_here(layouts[0], _some(arena, 0)), _seconds_by_link(arena.frames, pool)
     share = round(SHARES.value * link / (here + link))
+    if share == 0:
+        log.info(NO_LANE, f"it takes {here * 1e6:.0f} us for each, the link {link * 1e6:.0f} us")
+        return None
     log.info(
         "of missing experts that nobody has begun to copy, the CPU computes %d of %d: %.0f us each with %d "
         "threads, %.0f us by the link",
@@ -88,14 +92,18 @@ def host_lane(
     return HostLane(layouts, arena.frames, config.num_experts_per_tok, pool.device, share)
 
 
-def spare_threads() -> int:
-    """Of the processor's cores that this process may run on."""
-    return min(_MOST, len(os.sched_getaffinity(0)) - _LEFT_ALONE)
+def spare_threads(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Of the processor's cores that this process may run on; `quota`: what a container may use of them."""
+    cores = len(os.sched_getaffinity(0))
+    words = quota.read_text().split() if quota.is_file() else []
+    if len(words) == 2 and words[0].isdecimal():
+        cores = min(cores, int(words[0]) // int(words[1]))
+    return min(_MOST, cores - _LEFT_ALONE)
 
 
 def _unusable(layouts: RecordLayouts, config: ModelConfig, threads: int) -> str | None:
     if threads < _FEWEST:
-        return f"it takes {_FEWEST} threads, {max(threads, 0)} are to spare"
+        return f"that takes {_FEWEST} threads at least, not {max(threads, 0)}"
     if config.num_experts_per_tok > MOST_PAIRS:
         return f"a token has more than {MOST_PAIRS} experts"
     return expert_lane.usable(layouts)
@@ -122,16 +130,13 @@ def _some(arena: RegisteredArena, layer: int) -> list[Tensor]:
 
 def _seconds_here(layout: RecordLayout, records: list[Tensor]) -> float:
     """Median, each record read for the first time in a while."""
-    x, product, times = (
-        torch.randn(padded(layout.up.in_features)),
-        torch.empty(1, layout.down.out_features),
-        [],
-    )
-    for record in records:
+    x, products = torch.randn(padded(layout.up.in_features)), torch.empty(2, layout.down.out_features)
+    times = []
+    for pair in zip(records[::2], records[1::2], strict=False):
         started = time.perf_counter()
-        expert_lane.device_experts(layout, [record], x, product)
+        expert_lane.device_experts(layout, pair, x, products)
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return statistics.median(times) / 2
 
 
 def _seconds_by_link(frames: Tensor, pool: Tensor) -> float:

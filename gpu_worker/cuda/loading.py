@@ -16,7 +16,7 @@ from gpu_worker.cuda.decode_model import DecodeModel
 from gpu_worker.cuda.device_slots import MAX_PAIRS, DeviceSlots
 from gpu_worker.cuda.engine import DeviceEngine
 from gpu_worker.cuda.experts import DeviceExperts
-from gpu_worker.cuda.host_lane import host_lane
+from gpu_worker.cuda.host_lane import NO_LANE, host_lane
 from gpu_worker.cuda.kernels.mamba2_prompt import PROMPT_KERNELS
 from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
 from gpu_worker.cuda.record_copies import RecordCopies
@@ -65,8 +65,11 @@ def device_engine(
     gates = [block.mixer.gate for block in model_weights.blocks if isinstance(block.mixer, MoEWeights)]
     copies = RecordCopies(fetcher, arena, full, device, one_by_one=sync_fetch)
     lane = None
-    if full and not sync_fetch and cpu_experts != 0 and config.num_experts_per_tok <= slots < shape[1]:
-        lane = host_lane(layouts, copies.arena, cache.pool[0], config, cpu_experts)
+    if full and not sync_fetch and config.num_experts_per_tok <= slots:
+        if cpu_experts != 0 and slots < config.n_routed_experts:  # else nothing is missing
+            lane = host_lane(layouts, copies.arena, cache.pool[0], config, cpu_experts)
+    elif cpu_experts:
+        log.info(NO_LANE, "the host drives every step")
     experts = DeviceExperts(layouts, cache, copies, hints, gates, config, lane)
     log.info("slots and staging: %s; %s", format_bytes(experts.nbytes), experts.describe())
     model = NemotronH(config, model_weights, experts, PROMPT_KERNELS)

@@ -45,7 +45,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int64_t kMostPairs = 16;
-constexpr auto kAwake = std::chrono::milliseconds(20);  // without a request or a wake; also how long the pool spins
+constexpr auto kAwake = std::chrono::milliseconds(100);  // without a request or a wake; also how long the pool spins
 constexpr auto kLook = std::chrono::milliseconds(50);   // asleep: nobody waits for ever if a wake is missed
 
 [[noreturn]] void broken(const char* what, int64_t value) {

@@ -9,6 +9,7 @@ memory that a GPU can see, but for the mailbox's own.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, c_int64, c_void_p
 from types import TracebackType
@@ -92,8 +93,8 @@ def _unfit(layout: RecordLayout) -> str | None:
     return None
 
 
-def _check(layout: RecordLayout) -> None:
-    reason = _unfit(layout)
+def _check(layouts: RecordLayouts) -> None:
+    reason = usable(layouts)
     if reason is not None:
         raise ValueError(f"not as a GPU computes it: {reason}")
 
@@ -102,9 +103,9 @@ def device_experts(layout: RecordLayout, records: Sequence[Tensor], x: Tensor, p
     """products[i] = down(relu(up(x))^2) of the expert in records[i].
 
     x: (blocks, 128) or flat, as `rotation` makes it for one row; products (len(records), hidden) float32.
-    Raises ValueError for layouts that this order does not exist for.
+    Raises ValueError for layouts, and on processors, that this order does not exist for.
     """
-    _check(layout)
+    _check(RecordLayouts((layout,)))
     up, down = native.record_layout(layout.up), native.record_layout(layout.down)
     assert x.dtype == products.dtype == torch.float32 and x.is_contiguous() and products.is_contiguous()
     assert x.numel() == padded(layout.up.in_features)
@@ -116,6 +117,10 @@ def device_experts(layout: RecordLayout, records: Sequence[Tensor], x: Tensor, p
     )
 
 
+def _stop(handle: int, kept: object) -> None:
+    native.call("hlwq_lane_stop", handle)
+
+
 class ExpertLane:
     """A thread that answers a mailbox, from `start` to `close`; the pool's threads compute with it.
 
@@ -125,8 +130,7 @@ class ExpertLane:
 
     def __init__(self, layouts: RecordLayouts, frames: Tensor, mailbox: Mailbox) -> None:
         """frames: (n, stride) uint8 in host memory, kept as long as this is."""
-        for layout in set(layouts.layers):
-            _check(layout)
+        _check(layouts)
         pairs, up = len(mailbox.products), layouts[0].up
         hidden = layouts[0].down.out_features
         assert frames.dtype == torch.uint8 and frames.stride(1) == 1 and frames.shape[1] >= layouts.stride
@@ -144,20 +148,24 @@ class ExpertLane:
             *(part.data_ptr() for part in mailbox),
         )  # fmt: skip
         self._handle: int | None = None
+        self._stop: weakref.finalize | None = None
 
     def start(self) -> None:
         assert self._handle is None, "a lane starts once"
         self._handle = native.call("hlwq_lane_start", self._lane)
+        # The thread reads memory that would go with this object, or with the interpreter.
+        self._stop = weakref.finalize(self, _stop, self._handle, self._kept)
 
     def wake(self) -> None:
         """Requests may come soon. Costs no system call while the lane is awake."""
+        assert self._handle is not None, "the lane is closed"
         native.call("hlwq_lane_wake", self._handle)
 
     def close(self) -> None:
         """Waits for a request that is being answered; nothing once closed."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            native.call("hlwq_lane_stop", handle)
+        self._handle = None
+        if self._stop is not None:
+            self._stop()
 
     def __enter__(self) -> ExpertLane:
         self.start()

@@ -279,7 +279,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hlwq_path": (c_char_p, []),
     "hlwq_set_path": (c_int32, [c_char_p]),
     "hlwq_set_threads": (None, [c_int32]),
-    "hlwq_set_spin": (None, [c_int32]),
     "hlwq_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_unpack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_unpack_run": (None, [c_void_p, c_int64, c_int64, c_int32, c_void_p]),

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kBlock = 128;
 constexpr int64_t kFewest = 16;  // outputs of a piece
-constexpr int64_t kTurns = 2;  // pieces a thread: long runs of memory, and one that ends late costs half of its share
+constexpr int64_t kTurns = 6;    // pieces a thread: one that is held up leaves the rest to others
 
 int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 

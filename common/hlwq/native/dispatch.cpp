@@ -163,8 +163,6 @@ int32_t hlwq_set_path(const char* name) {
 
 void hlwq_set_threads(int32_t threads) { set_threads(threads); }
 
-void hlwq_set_spin(int32_t microseconds) { set_spin(microseconds); }
-
 void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes) {
     pieces(rows * columns / kBlock, 1024, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; block++)

@@ -21,8 +21,6 @@ const char* hlwq_path();
 // Limit the choice to one path by name, for tests; returns 0 when this machine lacks it.
 int32_t hlwq_set_path(const char* name);
 void hlwq_set_threads(int32_t threads);
-// How long threads spin before they sleep, in microseconds: see pool.h.
-void hlwq_set_spin(int32_t microseconds);
 
 // codes (rows, columns) uint8 to planes and back; columns a multiple of 128.
 void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes);

@@ -20,13 +20,12 @@ struct Path {
                      int32_t count, uint8_t* codes, uint16_t* norms);
     void (*decode)(const HlwqLayout& layout, const uint8_t* record, int64_t row, int32_t type, void* weights);
     // As device_order.inc defines them: y[first] to y[last - 1] of one row x in the products' order; and relu(inner)^2,
-    // `in_features` floats, to whole blocks in that order. For packed matrices of up to kDeviceBlocks blocks a row.
+    // `in_features` floats, to whole blocks in that order. For packed matrices of up to 24 blocks a row.
+    // Null on the portable path, which is slower than any link.
     void (*device_product)(const HlwqLayout& layout, const uint8_t* record, const float* x, int64_t first, int64_t last,
                            float* y);
     void (*device_activations)(const float* inner, int64_t in_features, float* prepared);
 };
-
-constexpr int64_t kDeviceBlocks = 24;
 
 extern const Path kPortable, kAvx2, kAvx512;
 

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kLanes = 8;
 constexpr int kFewRows = 8;  // as many sums fit the registers beside what looks up
+constexpr int kChains = 4;
 constexpr int kPanelRows = 3, kPanelOuts = 4;  // twelve sums, three activations and a weight: all registers
 typedef float Vec __attribute__((vector_size(32)));
 
@@ -253,8 +254,6 @@ struct WordLookup<8, SPLIT> : WordGather<8> {
     using WordGather<8>::WordGather;
 };
 
-[[gnu::always_inline]] inline Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-
 [[gnu::always_inline]] inline Vec four_norms(const uint16_t* halves) {
     const __m128 four = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)halves));
     return (Vec)_mm256_set_m128(four, four);
@@ -271,9 +270,9 @@ struct WordLookup<8, SPLIT> : WordGather<8> {
 // As in path_avx512.cpp.
 [[gnu::always_inline]] inline void keep(Vec& value) { asm("" : "+x"(value)); }
 [[gnu::always_inline]] inline void pin(Vec& value) { asm volatile("" : "+x"(value)); }
-[[gnu::always_inline]] inline void round_here(Vec& value) { keep(value); }
 
 #include "path.inc"
+#include "device_order.inc"
 
 }  // namespace
 

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kFewRows = 1;  // none: look-ups are short here, and a tile does them once for all rows
+constexpr int kChains = 1;  // the blocks of an output overlap well enough, and memory likes one stream
 constexpr int kPanelRows = 6, kPanelOuts = 4;  // 24 sums, six activations and a weight, of 32 registers
 typedef float Vec __attribute__((vector_size(64)));
 
@@ -223,8 +224,6 @@ struct Lookup<8, SPLIT> : LookupOfHalves<8, SPLIT> {
     using LookupOfHalves<8, SPLIT>::LookupOfHalves;
 };
 
-[[gnu::always_inline]] inline Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-
 [[gnu::always_inline]] inline Vec four_norms(const uint16_t* halves) {
     return (Vec)_mm512_broadcast_f32x4(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)halves)));
 }
@@ -241,10 +240,10 @@ struct Lookup<8, SPLIT> : LookupOfHalves<8, SPLIT> {
 
 // Also, in the order in which such values are computed.
 [[gnu::always_inline]] inline void pin(Vec& value) { asm volatile("" : "+v"(value)); }
-[[gnu::always_inline]] inline void round_here(Vec& value) { keep(value); }
 
 #define HLWQ_SMALL_NEAREST "nearest_avx512.inc"
 #include "path.inc"
+#include "device_order.inc"
 
 }  // namespace
 

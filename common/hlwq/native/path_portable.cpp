@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kFewRows = 1;  // none: look-ups take long here, and a tile does them once for all rows
+constexpr int kChains = 4;
 constexpr int kPanelRows = 3, kPanelOuts = 4;
 typedef float Vec __attribute__((vector_size(64)));
 
@@ -62,29 +63,6 @@ inline void raw_weights(const uint16_t* source, Vec w[4]) {
     }
 }
 
-template <int BITS, bool SPLIT>
-struct WordLookup : Lookup<BITS, SPLIT> {
-    using Lookup<BITS, SPLIT>::Lookup;
-
-    void weights(const uint8_t* low, const uint8_t* high, int group, Vec w[4]) const {
-        Vec ordered[4];
-        Lookup<BITS, SPLIT>::weights(low, high, group, ordered);
-        for (int i = 0; i < 4 * kLanes; i++) w[i % 4][i / 4] = ordered[i / kLanes][i % kLanes];
-    }
-};
-
-inline Vec fused(Vec a, Vec b, Vec c) {
-    for (int i = 0; i < kLanes; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
-}
-
-inline Vec four_norms(const uint16_t* halves) {
-    Vec norms;
-    for (int i = 0; i < kLanes; i++) norms[i] = half_to_float(halves[i % 4]);
-    return norms;
-}
-
-inline void round_here(Vec& value) { asm("" : "+m"(value)); }
 inline void keep(Vec&) {}
 inline void pin(Vec&) {}
 
@@ -92,7 +70,6 @@ inline void pin(Vec&) {}
 
 }  // namespace
 
-const Path kPortable = {
-    "portable", stride, prepare, product, hadamard, quantize, decode, device_product, device_activations};
+const Path kPortable = {"portable", stride, prepare, product, hadamard, quantize, decode, nullptr, nullptr};
 
 }  // namespace hlwq

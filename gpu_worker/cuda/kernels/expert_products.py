@@ -64,9 +64,9 @@ def combine_plain(products: Products, weights: Tensor, shared: Tensor, residual:
     rows, k = weights.shape
     ranked = products.here.view(rows, k, -1)
     if products.lane is not None and products.slot_ids is not None:
-        while products.lane.answered != products.lane.posted:
-            pass
         elsewhere = (products.slot_ids[:k] == HANDED_OVER.value)[None, :, None]
+        while elsewhere.any() and int(products.lane.answered) != int(products.lane.posted):
+            pass
         ranked = torch.where(elsewhere, products.lane.products.to(ranked.device), ranked)
     total = ranked[:, 0] * weights[:, :1]
     for rank in range(1, k):

@@ -20,9 +20,11 @@ from gpu_worker.cuda.kernels.packed_words import INTERPRETED
 
 HANDED_OVER = tl.constexpr(-2)  # instead of a slot id
 SHARES = tl.constexpr(16)
-_FENCED = tl.constexpr(not INTERPRETED)  # the interpreter does one thing after the other
-# About a microsecond each: an answer that takes half a minute will not come.
-_MOST_LOOKS = tl.constexpr(1 << 25)
+_ASSEMBLY = tl.constexpr(not INTERPRETED)
+# From this share on a lone expert is handed over, since the link is seldom idle.
+_LEAST = tl.constexpr(6)
+# In one of so many steps not all are handed over, or one that is always alone would never get a slot.
+_EVERY = tl.constexpr(16)
 
 
 class Lane(NamedTuple):
@@ -33,7 +35,7 @@ class Lane(NamedTuple):
     answered: Tensor  # (1,): the number of the last request that was answered
     products: Tensor  # (pairs, hidden) float32: the answer
     posted: Tensor  # (1,): the number of the last request
-    share: Tensor  # (1,): of experts that could be handed over, in SHARES-ths, rounded up
+    share: Tensor  # (1,): of experts that could be handed over, in SHARES-ths: see `_share_of`
     computed: Tensor  # (layers,) int64: experts that were handed over
 
 
@@ -41,6 +43,7 @@ def hand_over_plain(
     choices: Tensor,
     layer: int,
     slot_of: Tensor,
+    now: int,
     awaited: Tensor,
     kept_up: Tensor,
     orders: Orders,
@@ -50,14 +53,15 @@ def hand_over_plain(
 ) -> tuple[list[int], list[int]]:
     """Post the share of choices (1, k) that no copy has been begun for; x (1, blocks, 128) float32 is theirs.
 
-    slot_of (experts,), awaited (AHEAD,) and kept_up (1,) are the layer's. Experts that were not foreseen go
-    first, in ascending order, then the last guesses; these are awaited no more. Returns the experts, and the
-    slots of guesses that were given up.
+    slot_of (experts,), awaited (AHEAD,) and kept_up (1,) are the layer's, `now` the clock of this step.
+    Experts that were not foreseen go first, each of them first at times, then the last guesses; these are
+    awaited no more. Returns the experts, and the slots of guesses that were given up.
     """
     chosen, guesses = choices.flatten().tolist(), awaited.tolist()
-    unforeseen = sorted(expert for expert in chosen if slot_of[expert] < 0 and expert not in guesses)
+    unforeseen = [expert for expert in chosen if slot_of[expert] < 0 and expert not in guesses]
+    unforeseen.sort(key=lambda expert: (expert + now) % len(slot_of))
     unbegun = [n for n, expert in enumerate(guesses) if expert in chosen and orders.claimed[layer, n] == 0]
-    count = _share_of(len(unforeseen) + len(unbegun), int(lane.share))
+    count = _share_of(len(unforeseen) + len(unbegun), int(lane.share), now)
     handed = unforeseen[:count]
     given_up = unbegun[::-1][: count - len(handed)]
     handed += [guesses[order] for order in given_up]
@@ -76,15 +80,18 @@ def hand_over_plain(
     return handed, slots
 
 
-def _share_of(count: int, share: int) -> int:
-    return -(-count * share // SHARES.value)
+def _share_of(count: int, share: int, now: int) -> int:
+    rounded = (count * share + SHARES.value // 2) // SHARES.value
+    if now % _EVERY.value == 0:
+        return max(0, min(rounded, count - 1))
+    return min(count, max(rounded, share >= _LEAST.value))
 
 
 @triton.jit
 def hand_over(
-    pair, expert, chosen, place, frame, guess, same, layer, claimed, due, kept_up,
+    pair, expert, chosen, place, frame, guess, same, layer, now, claimed, due, kept_up,
     activations, request, x, posted, share, computed,
-    COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+    COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Hand over pairs of one row, as `hand_over_plain` does: masks of the pairs, and of their guesses.
 
@@ -94,7 +101,9 @@ def hand_over(
     right = tl.max(same.to(tl.int32), 0) > 0
     handed, dropped = chosen & False, right & False
     if tl.max(unforeseen.to(tl.int32), 0) + tl.max(right.to(tl.int32), 0) > 0:
-        handed, dropped = _divided(expert, unforeseen, guess, right, claimed, share, AHEAD)
+        handed, dropped = _divided(
+            (expert + now) % EXPERTS, unforeseen, guess, right, now, claimed, share, AHEAD
+        )  # fmt: skip
         handed |= tl.max((same & dropped[None, :]).to(tl.int32), 1) > 0
         if tl.max(handed.to(tl.int32), 0) > 0:
             _post(handed, pair, chosen, layer, frame, activations, request, x, posted, COLUMNS)
@@ -106,7 +115,7 @@ def hand_over(
 
 @triton.jit
 def _divided(
-    expert, unforeseen, guess, right, claimed, share, AHEAD: tl.constexpr
+    turn, unforeseen, guess, right, now, claimed, share, AHEAD: tl.constexpr
 ):  # fmt: skip
     """The lane's share of `unforeseen` pairs and then of `right` guesses: masks of both.
 
@@ -116,11 +125,19 @@ def _divided(
     known = tl.where(guess < AHEAD, guess, 0)
     unbegun = right & (tl.load(claimed + known, volatile=True) == 0)
     misses = tl.sum(unforeseen.to(tl.int32), 0)
-    count = ((misses + tl.sum(unbegun.to(tl.int32), 0)) * tl.load(share) + SHARES - 1) // SHARES
-    order = tl.sum((unforeseen[None, :] & (expert[None, :] < expert[:, None])).to(tl.int32), 1)
+    sixteenths = tl.load(share)
+    all_of_them = misses + tl.sum(unbegun.to(tl.int32), 0)
+    count = (all_of_them * sixteenths + SHARES // 2) // SHARES
+    if now % _EVERY == 0:
+        count = tl.minimum(count, all_of_them - 1)
+    else:
+        count = tl.maximum(count, (sixteenths >= _LEAST).to(tl.int32))
+    order = tl.sum((unforeseen[None, :] & (turn[None, :] < turn[:, None])).to(tl.int32), 1)
     pairs = unforeseen & (order < count)
-    from_last = tl.sum((unbegun[None, :] & (guess[None, :] > guess[:, None])).to(tl.int32), 1)
-    wanted = unbegun & (from_last < count - tl.minimum(misses, count))
+    from_last, all_unbegun = tl.zeros_like(guess), tl.sum(tl.where(unbegun, 1 << known, 0), 0)
+    for later in tl.static_range(1, AHEAD):
+        from_last += all_unbegun >> later & (guess < later).to(tl.int32)
+    wanted = unbegun & (from_last < count - misses)
     # This knows no mask, but there is no claim of -1 chunks. Whoever began to copy meanwhile, goes on.
     there, then = tl.where(wanted, 0, -1), tl.full(guess.shape, GIVEN_UP, tl.int32)
     guesses = wanted & (tl.atomic_cas(claimed + known, there, then, sem="relaxed") == 0)
@@ -136,36 +153,26 @@ def _post(handed, pair, chosen, layer, frame, activations, request, x, posted, C
         tl.store(x + column, tl.load(activations + column, mask=inside), mask=inside)
     tl.store(request + 2 + pair, tl.where(handed, frame, -1), mask=chosen)
     tl.store(request + 1, layer)
-    _fence()  # of all threads, before one tells
-    tl.debug_barrier()
     tl.store(posted, number)
-    tl.store(request, number)
+    tl.debug_barrier()  # one thread tells for all
+    tl.atomic_xchg(request, number, sem="release", scope="sys")
 
 
 @triton.jit
 def wait_for_answer(posted, answered):
-    """Until the last request is answered; what the answer says may be read from here on, uncached."""
-    number, looks = tl.load(posted), 0
+    """Until the last request is answered; what the answer says may be read from here on, uncached.
+
+    A step that never ends is the server's to notice.
+    """
+    number = tl.load(posted)
     while _look(answered) != number:
-        looks += 1
-        if looks > _MOST_LOOKS:
-            _give_up()
-
-
-@triton.jit
-def _fence():
-    """Of every thread, towards the host."""
-    if _FENCED:
-        tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; mov.u32 $0, $1;", "=r,r", [tl.zeros([32], tl.int32)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        pass
 
 
 @triton.jit
 def _look(answered):
     """The number there, after which every thread sees what the host had written before it."""
-    if _FENCED:
+    if _ASSEMBLY:
         address = tl.zeros([32], tl.int64) + answered.to(tl.int64)
         numbers = tl.inline_asm_elementwise(
             "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [address],
@@ -173,13 +180,3 @@ def _look(answered):
         )  # fmt: skip
         return tl.max(numbers, 0)
     return tl.load(answered, volatile=True)
-
-
-@triton.jit
-def _give_up():
-    """The device fails, and with it the process."""
-    if _FENCED:
-        tl.inline_asm_elementwise(
-            "trap; mov.u32 $0, $1;", "=r,r", [tl.zeros([32], tl.int32)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip

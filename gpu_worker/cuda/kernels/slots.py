@@ -38,7 +38,8 @@ class Directory(NamedTuple):
 class Awaited(NamedTuple):
     """The guesses of `prefetch`: whose records the first orders of each layer copy ahead of its choice.
 
-    Until it is chosen the slot of such an expert is free in the directory, but nobody else's.
+    Until it is chosen the slot of such an expert is free in the directory, but nobody else's. Guesses that
+    nobody began to copy count only if they were chosen and copied after all.
     """
 
     expert: Tensor  # (layers, AHEAD) int32, -1 for none
@@ -71,9 +72,12 @@ def resolve_plain(
     slot_of, expert_of = directory.slot_of[layer], directory.expert_of[layer]
     handed: list[int] = []
     given_up: list[int] = []
-    if lane is not None and x is not None:
+    if lane is not None:
+        assert x is not None
         guesses = awaited.expert[layer], awaited.counters[layer, 0]
-        handed, given_up = hand_over_plain(choices, layer, slot_of, *guesses, orders, frame_of, x, lane)
+        handed, given_up = hand_over_plain(
+            choices, layer, slot_of, int(directory.clock[layer]) + 1, *guesses, orders, frame_of, x, lane
+        )
         needed = [expert for expert in needed if expert not in handed]
     given_up += _settle_awaited(layer, directory, awaited, orders, needed, stride)
     absent = [expert for expert in needed if slot_of[expert] == ABSENT]
@@ -114,6 +118,7 @@ def resolve(
     x: Tensor | None = None,
 ) -> None:
     """As `resolve_plain`, in one program."""
+    assert (lane is None) == (x is None)
     mailbox = (None,) * 6 if lane is None else (x, lane.request, lane.x, *lane[4:])
     _resolve_kernel[(1,)](
         choices, layer, directory.expert_of.shape[1], *directory, *awaited, *orders, frame_of, slot_ids,
@@ -150,6 +155,7 @@ def _settle_awaited(
             due = min(int(orders.claimed[layer, order]), chunks)
             orders.claimed[layer, order] += GIVEN_UP.value
             orders.due[layer, order] = due
+            awaited.counters[layer, 0] -= int(due == 0)
             awaited.counters[layer, 2] += due * stride // chunks
             given_up.append(slot)
     awaited.expert[layer] = ABSENT
@@ -239,6 +245,7 @@ def _settle_guesses(guess, right, wrong, counters, claimed, due, CHUNKS: tl.cons
     if tl.max(wrong.to(tl.int32), 0) > 0:  # seldom, and it takes a while
         begun = tl.minimum(tl.atomic_add(claimed + guess, GIVEN_UP, mask=wrong, sem="relaxed"), CHUNKS)
         tl.store(due + guess, begun, mask=wrong)
+        tl.atomic_add(counters, -tl.sum((wrong & (begun == 0)).to(tl.int64), 0), sem="relaxed")
         copied = tl.sum(tl.where(wrong, begun, 0).to(tl.int64) * STRIDE // CHUNKS, 0)
         tl.atomic_add(counters + 2, copied, sem="relaxed")
 
@@ -279,8 +286,8 @@ def _resolve_kernel(
     handed, dropped = chosen & False, arrived & False
     if COLUMNS > 0:  # a lane, and one row
         handed, dropped = hand_over(
-            pair, expert, chosen, place, frame, guess, same, layer, claimed, due, awaited_counters,
-            x, request, lane_x, posted, share, computed, COLUMNS, AHEAD,
+            pair, expert, chosen, place, frame, guess, same, layer, now, claimed, due, awaited_counters,
+            x, request, lane_x, posted, share, computed, COLUMNS, EXPERTS, AHEAD,
         )  # fmt: skip
     arrived, same = arrived & ~dropped, same & ~dropped[None, :]
     place = tl.maximum(place, tl.max(tl.where(same, its_slot[None, :], -1), 1))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,12 @@ PROMPT, COUNT = [9, 60, 101], 24 if WIDE else 2
 pytestmark = pytest.mark.skipif(
     native.path() in (native.PLAIN, "portable"), reason="the host computes experts by AVX2 or AVX-512"
 )
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    yield
+    native.set_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +116,37 @@ def test_what_it_cannot_help_with(
 ) -> None:
     """Said once, with the reason; steps go on without it."""
     monkeypatch.setattr(host_lane, "_differs", lambda *_: "it adds otherwise")
-    for threads, reason in ((1, "it takes 2 threads, 1 are to spare"), (2, "it adds otherwise")):
+    for threads, reason in ((1, "that takes 2 threads at least, not 1"), (2, "it adds otherwise")):
         with (
             caplog.at_level(logging.INFO),
             engine_of(checkpoint, Fetcher(link), 7, device, cpu_experts=threads) as engine,  # type: ignore[arg-type]
         ):
             engine.give_place(engine.take_place())
         assert f"no expert is computed on the CPU: {reason}" in caplog.text
+
+
+def test_what_a_container_may_use_is_to_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
+    quota = tmp_path / "cpu.max"
+    assert host_lane.spare_threads(quota) == 16
+    for text, threads in (("max 100000", 16), ("900000 100000", 6), ("150000 100000", -2)):
+        quota.write_text(text)
+        assert host_lane.spare_threads(quota) == threads
+
+
+def test_a_link_that_is_much_faster_is_left_alone(
+    checkpoint: PackedCheckpoint,
+    link: FixedLink,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, value in (("_differs", None), ("_seconds_here", 0.04), ("_seconds_by_link", 0.001)):
+        monkeypatch.setattr(host_lane, name, lambda *_, value=value: value)
+    arena = RegisteredArena(link.attachment.arena, torch.device("cpu"))
+    with caplog.at_level(logging.INFO):
+        pool = torch.empty(7, checkpoint.layout.stride, dtype=torch.uint8)
+        assert host_lane.host_lane(checkpoint.layout, arena, pool, checkpoint.config, 2) is None
+    assert "it takes 40000 us for each, the link 1000 us" in caplog.text
 
 
 def test_bits_that_differ_are_found(
