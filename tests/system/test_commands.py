@@ -29,7 +29,7 @@ def test_generate_json_has_the_documented_fields(pair: Pair) -> None:
     assert result.keys() == {"text", "token_ids", "finish_reason", "usage", "timings", "cache", "parts"}
     assert result["usage"].keys() == {"prompt_tokens", "completion_tokens", "cached_prompt_tokens"}
     assert result["timings"].keys() == {"queue_ms", "prefill_ms", "decode_ms", "tokens_per_second"}
-    counted = {"hits", "misses", "hit_rate", "bytes_fetched", "staged"}
+    counted = {"hits", "misses", "hit_rate", "bytes_fetched", "staged", "misses_on_cpu"}
     assert result["cache"].keys() == counted | {"fetch_seconds", "compute_seconds"}
     assert result["finish_reason"] == "length"
     assert len(result["token_ids"]) == result["usage"]["completion_tokens"] == 12
