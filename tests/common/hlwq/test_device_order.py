@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.errors import ConfigError
 from common.hlwq import native
 from common.hlwq.codebook import converged_codebook
 from common.hlwq.hadamard import hadamard_matrix
@@ -24,6 +23,7 @@ from common.model_config import ModelConfig
 from common.record import ExpertBits, RecordLayout, record_layouts
 from gpu_worker.kernels.expert_lane import device_experts
 from tests.helpers.models import tiny_config
+from tests.helpers.native_paths import forced_or_skipped
 
 Floats = NDArray[Any]  # float32 unless said otherwise
 
@@ -34,13 +34,8 @@ pytestmark = pytest.mark.skipif(native.path() in (native.PLAIN, "portable"), rea
 @pytest.fixture(params=[path for path in native.PATHS if path != "portable"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """One path after the other; a processor without AVX-512 or AVX2 has fewer."""
-    try:
-        context = native.forced(request.param)
-        context.__enter__()
-    except ConfigError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    context.__exit__(None, None, None)
+    with forced_or_skipped(request.param) as path:
+        yield path
 
 
 def fma(a: Floats, b: Floats, c: Floats) -> Floats:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError
 from common.hlwq import native
 from common.hlwq.codebook import converged_codebook, packing_codebook
 from common.hlwq.hadamard import hadamard_matrix, hadamard_transform
@@ -24,6 +24,7 @@ from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, PLANE_WIDTHS, empty_planes, pack_planes, padded, unpack_planes
 from common.hlwq.quantize import pack_matrix
 from gpu_worker.kernels.expert_mlp import combine
+from tests.helpers.native_paths import forced_or_skipped
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
 # bfloat16 centroids are looked up exactly; others keep at least 16 bits of their significand.
@@ -37,13 +38,8 @@ few = settings(several, max_examples=10)
 @pytest.fixture(params=native.PATHS)
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """One path after the other; a processor without AVX-512 or AVX2 has fewer."""
-    try:
-        context = native.forced(request.param)
-        context.__enter__()
-    except ConfigError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    context.__exit__(None, None, None)
+    with forced_or_skipped(request.param) as path:
+        yield path
 
 
 def random_matrix(out: int, columns: int, bits: int, rounded: bool, seed: int = 0) -> PackedMatrix:

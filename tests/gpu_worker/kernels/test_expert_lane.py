@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.errors import ConfigError
 from common.hlwq import native
 from common.hlwq.codebook import packing_codebook
 from common.hlwq.planes import BLOCK
@@ -23,6 +22,7 @@ from common.record import ExpertBits, RecordLayouts, record_layouts
 from gpu_worker.kernels import expert_lane
 from gpu_worker.kernels.expert_lane import ExpertLane, Mailbox, device_experts
 from tests.helpers.models import tiny_config
+from tests.helpers.native_paths import forced_or_skipped
 
 pytestmark = pytest.mark.skipif(native.path() in (native.PLAIN, "portable"), reason="takes AVX2 or AVX-512")
 
@@ -98,20 +98,10 @@ def lane(gpu: Gpu) -> Iterator[ExpertLane]:
         yield lane
 
 
-def has(path: str) -> bool:
-    try:
-        with native.forced(path):
-            return True
-    except ConfigError:
-        return False
-
-
 @pytest.mark.parametrize("path", ["avx512", "avx2"])
 def test_answers(gpu: Gpu, path: str) -> None:
     """The first request right after the start, layers of other bits, pairs with and without a frame."""
-    if not has(path):
-        pytest.skip(f"this processor has no {path}")
-    with native.forced(path), ExpertLane(LAYOUTS, gpu.frames, gpu.mailbox):
+    with forced_or_skipped(path), ExpertLane(LAYOUTS, gpu.frames, gpu.mailbox):
         gpu.check(0, [2, -1, -1])
         gpu.check(1, [-1, 3, 1])
         gpu.check(0, [-1, -1, -1])
