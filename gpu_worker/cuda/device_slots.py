@@ -24,6 +24,7 @@ from torch import Tensor
 from gpu_worker.cuda.kernels import orders, prefetch
 from gpu_worker.cuda.kernels import slots as kernels
 from gpu_worker.cuda.kernels.lane import Lane
+from gpu_worker.cuda.kernels.orders import Coming
 from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory
 from gpu_worker.cuda.transfers import Download, upload
 from gpu_worker.slots.cache import LayerState
@@ -112,9 +113,10 @@ class DeviceSlots:
         kernels.resolve(choices, layer, *self._tables, self.slot_ids, self.pool.shape[2], lane, x)
         return self.slot_ids[: choices.numel()].view(choices.shape)
 
-    def fetch(self, layer: int) -> None:
+    def fetch(self, layer: int) -> Coming:
         """See that what the last `resolve` of `layer` found, or gave slots to, is there."""
         orders.copy(range(layer, layer + 1), self.orders, self.arena_base, self.pool, wait=True)
+        return Coming(self.orders, layer)
 
     def can_guess(self, pairs: int) -> bool:
         """Whether steps of so many pairs leave slots for what they may not need."""

@@ -50,6 +50,7 @@ class HostLane:
         mailbox = Mailbox.allocate(layouts, pairs, pinned=device.type == "cuda")
         self.tensors = Lane(
             *mailbox,
+            heard=torch.zeros(1, dtype=torch.int32, device=device),
             posted=torch.zeros(1, dtype=torch.int32, device=device),
             share=torch.full((1,), share, dtype=torch.int32, device=device),
             computed=torch.zeros(len(layouts.layers), dtype=torch.int64, device=device),

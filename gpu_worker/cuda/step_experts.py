@@ -19,6 +19,7 @@ from gpu_worker.cuda.branch import Branch
 from gpu_worker.cuda.device_slots import DeviceSlots
 from gpu_worker.cuda.kernels.expert_products import ExpertProducts, Products
 from gpu_worker.cuda.kernels.lane import Lane
+from gpu_worker.cuda.kernels.orders import Coming
 from gpu_worker.cuda.kernels.router import routers, usable
 from gpu_worker.cuda.linear import Activations, squared_relu
 from gpu_worker.model.weights import RouterWeights
@@ -42,14 +43,20 @@ class SlotKernels:
         self._up, self._down = ExpertProducts(layout.up), ExpertProducts(layout.down)
 
     def __call__(
-        self, x: Activations, pool: Tensor, slot_ids: Tensor, k: int, out: Tensor | None = None
+        self,
+        x: Activations,
+        pool: Tensor,
+        slot_ids: Tensor,
+        k: int,
+        out: Tensor | None = None,
+        coming: Coming | None = None,
     ) -> Tensor:
         """x's rows by the experts in slot_ids (rows * k,) of pool (slots, stride).
 
         Returns (rows * k, hidden) float32, or writes to `out`, where products of negative slot ids are left
-        as they are.
+        as they are. `coming`: see `ExpertProducts`.
         """
-        inner = self._up(_wanted(x, self._up), pool, slot_ids, k)
+        inner = self._up(_wanted(x, self._up), pool, slot_ids, k, coming=coming)
         activated = squared_relu(inner, self._down.layout.bits != RAW_BITS)
         return self._down(_wanted(activated, self._down), pool, slot_ids, 1, out)
 
@@ -102,8 +109,8 @@ class SlotSteps:
                 self._cache.fetch_ahead(range(layer, later.stop))
         lane = self._lane if rows == 1 else None
         slot_ids = self._cache.resolve(layer, choices, lane, x.rotated if lane else None).view(-1)
-        self._cache.fetch(layer)
-        products = self._kernels[layer](x, pool, slot_ids, k)
+        coming = self._cache.fetch(layer)
+        products = self._kernels[layer](x, pool, slot_ids, k, coming=coming)
         if later:
             # Before x is given up, which the guess reads, and before the next layer is resolved.
             self._guesses.join()

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.hlwq.planes import BLOCK, RAW_BITS, padded
 from common.record import MatrixLayout
 from gpu_worker.cuda.kernels.lane import HANDED_OVER, Lane, wait_for_answer
+from gpu_worker.cuda.kernels.orders import Coming, lanes, wait_for_slot
 from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
 from gpu_worker.cuda.kernels.packed_product import product_plain
 from gpu_worker.cuda.kernels.packed_words import INTERPRETED
@@ -89,9 +90,18 @@ class ExpertProducts:
             }  # fmt: skip
 
     def __call__(
-        self, x: Tensor, pool: Tensor, slot_ids: Tensor, k: int, out: Tensor | None = None
+        self,
+        x: Tensor,
+        pool: Tensor,
+        slot_ids: Tensor,
+        k: int,
+        out: Tensor | None = None,
+        coming: Coming | None = None,
     ) -> Tensor:
-        """As `expert_products_plain`, for contiguous x; slot ids of any integer type."""
+        """As `expert_products_plain`, for contiguous x; slot ids of any integer type.
+
+        coming: what the launch before this one sees to. Each product waits for its own record alone.
+        """
         layout, pairs = self.layout, slot_ids.shape[0]
         y = out
         if y is None:
@@ -104,7 +114,13 @@ class ExpertProducts:
         else:
             rows = self._shape.rows(layout.out_features, pairs)
             grid = triton.cdiv(layout.out_features, rows), pairs
-            _packed_kernel[grid](*arguments, rows, **self._offsets, **self._shape.constants, **overlapping())
+            count = 0
+            awaited: tuple[Tensor | int | None, ...] = (None, None, None, 0)
+            if coming is not None and overlapping()["OVERLAP"]:
+                orders = coming.orders
+                awaited, count = (orders.slot, orders.done, orders.due, coming.layer), orders.slot.shape[1]
+            constants = self._shape.constants | {"ORDERS": count, "LANES": lanes(count, self._shape.warps)}
+            _packed_kernel[grid](*arguments, rows, *awaited, **self._offsets, **constants, **overlapping())
         return y
 
 
@@ -113,7 +129,9 @@ def combine(products: Products, weights: Tensor, shared: Tensor, residual: Tenso
     rows, hidden = residual.shape
     k, block, lane = weights.shape[1], 128, products.lane
     grid = (triton.cdiv(hidden, block), rows)
-    answer = (None,) * 4 if lane is None else (products.slot_ids, lane.posted, lane.answered, lane.products)
+    answer: tuple[Tensor | None, ...] = (None,) * 5
+    if lane is not None:
+        answer = (products.slot_ids, lane.posted, lane.answered, lane.heard, lane.products)
     _combine_kernel[grid](
         products.here, weights, shared, residual, hidden, *answer,
         K=k, PAIRS=triton.next_power_of_2(k), BLOCK=block, LANE=lane is not None, num_warps=1,
@@ -128,17 +146,20 @@ def _record_of(pool, slot, stride):
     return tl.multiple_of(pool + slot.to(tl.int64) * stride, 128)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "layer"])
 def _packed_kernel(
-    pool, slot_ids, x, y, outs, stride, k, rows,
+    pool, slot_ids, x, y, outs, stride, k, rows, order_slot, done, due, layer,
     LOW: tl.constexpr, HIGH: tl.constexpr, NORMS: tl.constexpr, CODEBOOK: tl.constexpr, BITS: tl.constexpr,
-    BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr, ORDERS: tl.constexpr, LANES: tl.constexpr,
     AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAP)
+    # With orders this runs beside the copying, and all but the records is there.
+    wait_for_inputs(OVERLAP and ORDERS == 0)
     pair = tl.program_id(1)
     slot = tl.load(slot_ids + pair)
     if slot >= 0:
+        if ORDERS > 0:
+            wait_for_slot(order_slot, done, due, layer, slot, ORDERS, LANES)
         record = _record_of(pool, slot, stride)
         low = tl.multiple_of((record + LOW).to(tl.pointer_type(tl.int32)), 16)
         high = tl.multiple_of((record + HIGH).to(tl.pointer_type(tl.int32)), 16)
@@ -150,6 +171,7 @@ def _packed_kernel(
             low, high, norms, codebook, x_row, y_row, y_row, begin, tl.minimum(begin + rows, outs),
             BITS, BLOCKS, SPAN, CHUNKS, AT_ONCE, False,
         )  # fmt: skip
+    wait_for_inputs(OVERLAP and ORDERS > 0)  # the next kernel must not overtake the copying
 
 
 @triton.jit
@@ -180,7 +202,7 @@ def _raw_kernel(
 
 @triton.jit
 def _combine_kernel(
-    products, weights, shared, residual, hidden, slot_ids, posted, answered, lane_products,
+    products, weights, shared, residual, hidden, slot_ids, posted, answered, heard, lane_products,
     K: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
@@ -191,7 +213,7 @@ def _combine_kernel(
         rank = tl.arange(0, PAIRS)
         slots = tl.load(slot_ids + rank, mask=rank < K, other=0)
         if tl.min(slots, 0) == HANDED_OVER:
-            wait_for_answer(posted, answered)
+            wait_for_answer(posted, answered, heard)
     for rank in tl.static_range(K):
         place = (row * K + rank) * hidden + column
         product = tl.load(products + place, mask=inside, other=0.0)

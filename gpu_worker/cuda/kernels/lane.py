@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_worker.cuda.kernels.memory_order import acquired, acquired_from_host
 from gpu_worker.cuda.kernels.orders import GIVEN_UP, Orders
-from gpu_worker.cuda.kernels.packed_words import INTERPRETED
 
 HANDED_OVER = tl.constexpr(-2)  # instead of a slot id
 SHARES = tl.constexpr(16)
-_ASSEMBLY = tl.constexpr(not INTERPRETED)
 # From this share on a lone expert is handed over, since the link is seldom idle.
 _LEAST = tl.constexpr(6)
 # In one of so many steps not all are handed over, or one that is always alone would never get a slot.
@@ -34,6 +33,7 @@ class Lane(NamedTuple):
     x: Tensor  # (columns,) float32: the activations of the request, rotated
     answered: Tensor  # (1,): the number of the last request that was answered
     products: Tensor  # (pairs, hidden) float32: the answer
+    heard: Tensor  # (1,): the number of the last request whose answer a step has waited for
     posted: Tensor  # (1,): the number of the last request
     share: Tensor  # (1,): of experts that could be handed over, in SHARES-ths: see `_share_of`
     computed: Tensor  # (layers,) int64: experts that were handed over
@@ -159,24 +159,18 @@ def _post(handed, pair, chosen, layer, frame, activations, request, x, posted, C
 
 
 @triton.jit
-def wait_for_answer(posted, answered):
+def wait_for_answer(posted, answered, heard):
     """Until the last request is answered; what the answer says may be read from here on, uncached.
 
-    A step that never ends is the server's to notice.
+    The first program of the grid looks, and tells the others. A step that never ends is the server's to
+    notice.
     """
     number = tl.load(posted)
-    while _look(answered) != number:
-        pass
-
-
-@triton.jit
-def _look(answered):
-    """The number there, after which every thread sees what the host had written before it."""
-    if _ASSEMBLY:
-        address = tl.zeros([32], tl.int64) + answered.to(tl.int64)
-        numbers = tl.inline_asm_elementwise(
-            "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [address],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-        return tl.max(numbers, 0)
-    return tl.load(answered, volatile=True)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        while acquired_from_host(answered) != number:
+            pass
+        tl.atomic_xchg(heard, number, sem="release")
+    else:
+        lane = tl.zeros([32], tl.int32)
+        while tl.max(acquired(heard + lane), 0) != number:
+            pass

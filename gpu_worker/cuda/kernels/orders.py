@@ -4,7 +4,8 @@
 copies claims a chunk of the first order that has one left, of the nearest layer first: so several launches of
 the kernel work side by side, and what is copied ahead gives way within a chunk to what is needed now. Chunks
 are counted when they are claimed and again when they lie in the slot. A launch that waits, waits only for
-chunks that running programs have claimed, so it cannot wait in vain. Not done here: deciding what to copy.
+chunks that running programs have claimed, so it cannot wait in vain; the kernel after it may begin at once
+and wait slot by slot. Not done here: deciding what to copy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
+from gpu_worker.cuda.kernels.memory_order import acquired, pause
+from gpu_worker.cuda.kernels.overlap import let_next_begin, overlapping, wait_for_inputs
 from gpu_worker.cuda.kernels.packed_words import INTERPRETED
 
 # A launch has 256 KB on their way, which just fills a link of 50 GB/s. With twice as much, kernels beside it
@@ -43,6 +45,13 @@ class Orders(NamedTuple):
     due: Tensor  # chunks
 
 
+class Coming(NamedTuple):
+    """What a launch of `copy` that waits is seeing to."""
+
+    orders: Orders
+    layer: int
+
+
 def no_orders(layers: int, misses: int, device: torch.device) -> Orders:
     """Room for AHEAD guesses and so many misses in each layer."""
     frame, slot, claimed, done, due = torch.zeros(
@@ -62,7 +71,7 @@ def copy_plain(layers: range, orders: Orders, arena_base: Tensor, pool: Tensor, 
     arena_base (1,) int64 is the device's address of frame 0; frames lie a stride apart, a multiple of 4096.
     (The twin reads by the same address on the host, which is what unified addressing makes of it. It takes
     orders that nobody has begun, or done.) With `wait` all of it is there when the launch has ended, whoever
-    copied it.
+    copied it; a kernel that begins earlier, see `overlap`, asks by `wait_for_slot`.
     """
     stride = pool.shape[2]
     for layer in layers:
@@ -114,6 +123,17 @@ def order_copies(
 
 
 @triton.jit
+def wait_for_slot(order_slot, done, due, layer, slot, ORDERS: tl.constexpr, LANES: tl.constexpr):
+    """Until nothing is on its way to a slot of the layer; what lies there may be read from here on."""
+    order = tl.arange(0, LANES)
+    known = layer * ORDERS + tl.where(order < ORDERS, order, 0)
+    its = (order < ORDERS) & (tl.load(order_slot + known) == slot)
+    chunks = tl.load(due + known)
+    while tl.max((its & (acquired(done + known) < chunks)).to(tl.int32), 0) > 0:
+        pause()
+
+
+@triton.jit
 def _first_open(claimed, order, exists, CHUNKS: tl.constexpr, NONE: tl.constexpr):
     """The first of the orders that has chunks nobody has claimed; NONE: there is none."""
     so_far = tl.load(claimed + order, mask=exists, other=CHUNKS, volatile=True)
@@ -135,6 +155,7 @@ def _copy_kernel(
     WAIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
+    let_next_begin(OVERLAP and WAIT)
     CHUNKS: tl.constexpr = (WORDS + CHUNK - 1) // CHUNK
     NONE: tl.constexpr = 1 << 30
     order, base = first * ORDERS + tl.arange(0, LANES), tl.load(arena_base)

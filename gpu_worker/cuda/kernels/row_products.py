@@ -37,7 +37,7 @@ class RowShape:
         chunk, warps = min(_CHUNK, triton.next_power_of_2(blocks)), 1
         while triton.cdiv(blocks, chunk * warps) > _MOST_CHUNKS:
             warps *= 2
-        self._chunks, self._warps = triton.cdiv(blocks, chunk * warps), warps
+        self._chunks, self.warps = triton.cdiv(blocks, chunk * warps), warps
         self.constants: dict[str, Any] = {
             "BITS": bits, "BLOCKS": blocks, "SPAN": chunk * warps, "CHUNKS": self._chunks,
             "AT_ONCE": 64 if INTERPRETED else 1, "num_warps": warps,
@@ -45,7 +45,7 @@ class RowShape:
 
     def rows(self, outs: int, matrices: int = 1) -> int:
         """Rows that a program takes, so that those of all `matrices` fill the device once."""
-        programs = _multiprocessors() * _WARPS[self._chunks] // self._warps
+        programs = _multiprocessors() * _WARPS[self._chunks] // self.warps
         return max(self.constants["AT_ONCE"], triton.cdiv(outs * matrices, programs))
 
 

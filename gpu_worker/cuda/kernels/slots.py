@@ -119,7 +119,7 @@ def resolve(
 ) -> None:
     """As `resolve_plain`, in one program."""
     assert (lane is None) == (x is None)
-    mailbox = (None,) * 6 if lane is None else (x, lane.request, lane.x, *lane[4:])
+    mailbox = (None,) * 6 if lane is None else (x, lane.request, lane.x, *lane[5:])
     _resolve_kernel[(1,)](
         choices, layer, directory.expert_of.shape[1], *directory, *awaited, *orders, frame_of, slot_ids,
         *mailbox, COLUMNS=0 if x is None else x.numel(), STRIDE=stride,

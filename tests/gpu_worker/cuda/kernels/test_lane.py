@@ -27,10 +27,10 @@ def lane(device: torch.device, share: int) -> Lane:
 
     answered = host(1).zero_()
     mailbox = host(2 + PAIRS), host(COLUMNS, dtype=torch.float32), answered
-    posted = torch.tensor([5], dtype=torch.int32, device=device)
+    heard, posted = (torch.tensor([n], dtype=torch.int32, device=device) for n in (4, 5))
     shares = torch.tensor([share], dtype=torch.int32, device=device)
     products, computed = host(PAIRS, HIDDEN, dtype=torch.float32), torch.zeros(LAYERS, dtype=torch.int64)
-    return Lane(*mailbox, products, posted, shares, computed.to(device))
+    return Lane(*mailbox, products, heard, posted, shares, computed.to(device))
 
 
 def tables(resident: list[int], coming: list[int], begun: int, clock: int, device: torch.device) -> list:
