@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kBlock = 128;
 constexpr int64_t kFewest = 16;  // outputs of a piece
-constexpr int64_t kTurns = 6;    // pieces a thread: one that is held up leaves the rest to others
 
 int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 
@@ -25,7 +24,7 @@ struct Pieces {
 
     Pieces(const HlwqLayout& layout, int64_t experts)
         : rows(layout.out_features),
-          outputs(std::max(kFewest, ceiling(rows * experts, kTurns * threads()))),
+          outputs(run_of(rows * experts, kFewest)),
           each(ceiling(rows, outputs)) {}
     int64_t expert(int64_t piece) const { return piece / each; }
     int64_t first(int64_t piece) const { return piece % each * outputs; }

@@ -230,7 +230,8 @@ void hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* 
         for (int64_t row = first; row < last; row++)
             kernels.prepare(*layout, x + row * layout->in_features, false, prepared[row]);
     });
-    pieces(layout->out_features, kOutputs, [&](int64_t first, int64_t last) {
+    const int64_t outputs = rows == 1 ? run_of(layout->out_features, kOutputs) : kOutputs;
+    pieces(layout->out_features, outputs, [&](int64_t first, int64_t last) {
         kernels.product(*layout, record, sources.data(), rows, first, last, targets.data());
     });
 }
@@ -254,11 +255,12 @@ void hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* c
         down_targets[i] = products + pairs[i] * hidden;
     }
     auto multiply = [&](const HlwqLayout& layout, const float* const* sources, float* const* targets) {
-        const int64_t each = (layout.out_features + kOutputs - 1) / kOutputs;
+        const int64_t outputs = count == experts ? run_of(experts * layout.out_features, kOutputs) : kOutputs;
+        const int64_t each = (layout.out_features + outputs - 1) / outputs;
         parallel_for(experts * each, [&](int64_t piece) {
-            const int64_t expert = piece / each, first = piece % each * kOutputs, start = starts[expert];
+            const int64_t expert = piece / each, first = piece % each * outputs, start = starts[expert];
             kernels.product(layout, records[expert], sources + start, starts[expert + 1] - start, first,
-                            std::min(layout.out_features, first + kOutputs), targets + start);
+                            std::min(layout.out_features, first + outputs), targets + start);
         });
     };
     pieces(int64_t(rows.size()), 4, [&](int64_t first, int64_t last) {

@@ -4,6 +4,7 @@
 // Threads spin for a short while before they sleep: the loops of one token follow each other within microseconds,
 // and waking a sleeping thread takes longer than many of them. How long, may be set.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -16,6 +17,15 @@ void parallel_for(int64_t count, const std::function<void(int64_t)>& body);
 // The threads that take part, the caller included; from 1 up.
 void set_threads(int threads);
 int threads();
+
+// How many of `items`, which are read once and lie one after the other, a piece should have, at least `fewest`. In
+// long runs what is fetched early is seldom another thread's; with several for each, one that is held up leaves the
+// rest to others.
+inline int64_t run_of(int64_t items, int64_t fewest) {
+    constexpr int64_t kTurns = 6;
+    const int64_t pieces = kTurns * threads();
+    return std::max(fewest, (items + pieces - 1) / pieces);
+}
 
 // How long a thread spins before it sleeps, from its next wait on.
 constexpr int kDefaultSpin = 30;  // microseconds
