@@ -128,6 +128,10 @@ class Engine:
         ids = torch.tensor(tokens).to(self.pools.lengths.device, non_blocking=True)
         return self.model.prefill(ids, place, self.pools, start)
 
+    def divide(self, count: int) -> list[int]:
+        """The sizes of steps in which so many sequences are decoded fastest, once each."""
+        return [count] if count else []
+
     def decode(self, places: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """One token for each of several sequences: logits (b, vocab_size) float32."""
         for place in places:

@@ -152,7 +152,7 @@ class Scheduler:
         self._admit()  # while there are places, and whoever is next for one
         self._prefill()  # one chunk of one prompt
         self._drop_cancelled()
-        self._decode()  # one token for every sample
+        self._decode()  # one token for every sample, in one step or several
 
     def _drop_cancelled(self) -> None:
         """They take part in no further step, and their places are free."""
@@ -221,7 +221,15 @@ class Scheduler:
                 self._end_sample(job.running[-1])
 
     def _decode(self) -> None:
-        engine, samples = self._engine, self._decoding
+        samples = self._decoding
+        for size in self._engine.divide(len(samples)):
+            taking_part, samples = samples[:size], samples[size:]
+            # Not those that have ended meanwhile, by the failure of another sample of theirs.
+            self._step([sample for sample in taking_part if sample.request in self._endings])
+
+    def _step(self, samples: Sequence[Sample]) -> None:
+        """The next token of each."""
+        engine = self._engine
         if not samples:
             return
         # A step that fails leaves states half-way, those of all its sequences.
@@ -230,7 +238,7 @@ class Scheduler:
                 [sample.place for sample in samples], [sample.output[-1] for sample in samples]
             )
             assert engine.best is not None
-            for sample in samples:
+            for sample in self._decoding:
                 sample.stream_chosen()  # while the device is at it
             for row, sample in enumerate(samples):
                 if sample.request in self._endings:  # not if an earlier sample of it has failed

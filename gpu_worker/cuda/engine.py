@@ -16,6 +16,7 @@ from gpu_worker.cuda.experts import DeviceExperts
 from gpu_worker.cuda.graphs import CapturedSteps, Decoded
 from gpu_worker.cuda.kernels.best_token import best_token
 from gpu_worker.cuda.memory import captured_sizes
+from gpu_worker.cuda.step_sizes import StepSizes
 from gpu_worker.cuda.transfers import upload
 from gpu_worker.engine import Engine
 from gpu_worker.model.nemotron_h import NemotronH
@@ -31,8 +32,10 @@ class DeviceEngine(Engine):
         super().__init__(model, pools, experts)
         self._decode, self._device_experts = decode, experts
         self._device = pools.lengths.device
-        sizes = [] if eager else list(filter(experts.device_drives, captured_sizes(pools.sequences)))
+        able = captured_sizes(pools.sequences)
+        sizes = [] if eager else list(filter(experts.device_drives, able))
         self._captured = CapturedSteps(self._step, sizes, self._device)
+        self._sizes = StepSizes(able, self._device) if len(able) > 1 else None
         self.launches_only = bool(sizes)
         # Capturing decoded token 0 at places that are free: as new again.
         for place in range(pools.sequences):
@@ -41,8 +44,17 @@ class DeviceEngine(Engine):
     def close(self) -> None:
         self._device_experts.close()
 
+    def divide(self, count: int) -> list[int]:
+        return self._sizes.divide(count) if self._sizes is not None else super().divide(count)
+
     def decode(self, places: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """One token for each of several sequences: logits (b, vocab_size) float32, until the next step."""
+        if self._sizes is None:
+            return self._decoded(places, tokens)
+        with self._sizes.measuring(len(places)):
+            return self._decoded(places, tokens)
+
+    def _decoded(self, places: Sequence[int], tokens: Sequence[int]) -> Tensor:
         for place in places:
             self._lengths[place] += 1
         if self._device_experts.device_drives(len(places)):

@@ -57,9 +57,10 @@ class BatchRow(Row):
     slots: int
     policy: str
     sequences: int
+    largest_step: int  # sequences that were decoded together in the end
     prompt: int
     rate: Spread  # tokens a second, all sequences together
-    step_ms: Spread  # of single steps
+    step_ms: Spread  # until each sequence has its next token
     hit_rate: float | None
     bytes_per_step: float
     link_share: float | None
@@ -69,6 +70,7 @@ class BatchRow(Row):
     def cells(self) -> dict[str, str]:
         return {
             "budget": f"{self.budget:>6}", "slots": f"{self.slots:5}", "sequences": str(self.sequences),
+            "at once": str(self.largest_step),
             "tok/s": f"{self.rate.median:7.4g}", "spread": f"{self.rate.range:>16}",
             "ms a step": f"{self.step_ms.median:7.3g}",
             "x one": "-" if self.to_one is None else f"{self.to_one:.2f}",
@@ -94,6 +96,7 @@ def benchmark(options: Options, link: float | None) -> Iterator[BatchRow]:
             slots=answer["slots"],
             policy=answer["policy"],
             sequences=answer["sequences"],
+            largest_step=answer["largest_step"],
             prompt=options.prompt,
             rate=rate,
             step_ms=Spread.of([1e3 * step for step in answer["step_seconds"]]),
@@ -144,7 +147,8 @@ def _steps(engine: Engine, count: int, options: Options, vocabulary: int) -> dic
             engine.give_place(place)
     on_gpu = torch.cuda.is_available()
     return {
-        "slots": experts.slots, "policy": experts.describe(), "sequences": count, "rates": rates,
+        "slots": experts.slots, "policy": experts.describe(), "sequences": count,
+        "largest_step": max(engine.divide(count)), "rates": rates,
         "step_seconds": seconds, "hits": hits, "misses": misses, "bytes_moved": moved,
         "device_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
     }  # fmt: skip
@@ -160,12 +164,16 @@ def _prefill(engine: Engine, place: int, prompt: Sequence[int]) -> int:
 def _decode(
     engine: Engine, places: Sequence[int], tokens: list[int], steps: int
 ) -> tuple[list[float], list[int]]:
-    """Seconds of each step, and the tokens that follow."""
+    """Seconds until each has its next token, in as many steps as a worker would take; the last tokens."""
     times = []
     for _ in range(steps):
-        started = time.perf_counter()
-        tokens = engine.decode(places, tokens).argmax(-1).tolist()  # waits for the device
+        started, following = time.perf_counter(), list[int]()
+        for size in engine.divide(len(places)):
+            part = slice(len(following), len(following) + size)
+            logits = engine.decode(places[part], tokens[part])
+            following += logits.argmax(-1).tolist()  # waits for the device
         times.append(time.perf_counter() - started)
+        tokens = following
     return times, tokens
 
 

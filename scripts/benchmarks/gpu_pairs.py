@@ -133,11 +133,12 @@ def measure(
 
 
 def _command(worker: Worker, workload: Workload) -> list[str]:
+    """Nothing is remembered of prompts, which are all sent twice."""
     budget = ["--vram", worker.budget] if worker.budget else []
     threads = [] if worker.cpu_experts == "auto" else ["--cpu-experts", worker.cpu_experts]
     return [
         "--device", workload.device, *budget, "--max-context", str(workload.context),
-        "--policy", worker.policy, "--prefetch", worker.prefetch, *threads,
+        "--policy", worker.policy, "--prefetch", worker.prefetch, "--prefix-cache", "0", *threads,
         *worker.options,
     ]  # fmt: skip
 

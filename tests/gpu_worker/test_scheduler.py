@@ -182,6 +182,40 @@ def test_a_step_that_fails_ends_those_who_took_part(
     assert [request.tokens() for request in again] == [alone["b"], alone["c"]]
 
 
+@pytest.fixture
+def one_by_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine wants a step for each sequence."""
+    monkeypatch.setattr(engine, "divide", lambda count: [1] * count)
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_a_token_for_everybody_may_take_several_steps(
+    served: Served, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All have their turn, and a step that fails ends nobody else."""
+    b, c, f = (ask(served, name) for name in "bcf")
+    gone = Unavailable("the store is gone")
+    served.at[3] = fail_once(gone, monkeypatch, served.engine)
+    served.scheduler.start()
+    served.wait_for(3)
+    assert " ".join(served.steps[:10]) == "p:b d:b p:c d:b d:c p:f d:c d:f d:c d:f"
+    assert b.ending() is gone and (c.tokens(), f.tokens()) == (alone["c"], alone["f"])
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_who_has_failed_takes_part_in_no_further_step(
+    served: Served, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even with another sample that would be next."""
+    b, twins = ask(served, "b"), served.generate("t", prompt(5, 3), samples=2, max_new_tokens=9)
+    gone = Unavailable("the store is gone")
+    served.at[9] = fail_once(gone, monkeypatch, served.engine)
+    served.scheduler.start()
+    served.wait_for(2)
+    assert " ".join(served.steps[:12]) == "p:b d:b p:t d:b d:t d:b d:t d:t d:b d:t d:b d:b"
+    assert twins.ending() is gone and b.tokens() == alone["b"]
+
+
 def test_a_chunk_that_fails_ends_its_prompt_alone(
     served: Served, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
