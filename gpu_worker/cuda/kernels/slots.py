@@ -220,12 +220,12 @@ def among(which, slot):
 
 @triton.jit
 def _take_slots(
-    expert, missing, first, misses, may_go, slot, resident, recency, frequency, now, slot_of, last_used, uses,
-    FREQUENCY: tl.constexpr,
+    pair, expert, missing, first, misses, may_go, slot, resident, recency, frequency, now,
+    slot_of, expert_of, last_used, uses, slot_ids, FREQUENCY: tl.constexpr,
 ):  # fmt: skip
     """Each missing pair's place in the ascending order of misses, and the slot whose turn that is, or -1.
 
-    Pairs of one expert get the same. What these slots held is absent from now on.
+    Pairs of one expert get the same. It has that slot from now on, and what the slot held is absent.
     """
     turn = turns(may_go, *worth(recency, frequency, now, resident < 0, FREQUENCY), slot)
     emptied = may_go & (turn < misses)
@@ -233,7 +233,11 @@ def _take_slots(
     tl.store(uses + slot, 1, mask=emptied)
     tl.store(slot_of + resident, -1, mask=emptied & (resident >= 0))
     order = tl.sum(((first & missing)[None, :] & (expert[None, :] < expert[:, None])).to(tl.int32), 1)
-    return order, tl.max(tl.where(may_go[None, :] & (turn[None, :] == order[:, None]), slot[None, :], -1), 1)
+    taken = tl.max(tl.where(may_go[None, :] & (turn[None, :] == order[:, None]), slot[None, :], -1), 1)
+    tl.store(slot_ids + pair, taken, mask=missing)
+    tl.store(slot_of + expert, taken, mask=missing & (taken >= 0))
+    tl.store(expert_of + taken, expert, mask=missing & (taken >= 0))
+    return order, taken
 
 
 @triton.jit
@@ -250,6 +254,22 @@ def _settle_guesses(guess, right, wrong, counters, claimed, due, CHUNKS: tl.cons
         tl.atomic_add(counters + 2, copied, sem="relaxed")
 
 
+@triton.jit
+def _note_use(
+    pair, first, found, handed, place, misses, slot, in_use, frequency, now, awaited, its_slot, arrived,
+    slot_of, expert_of, last_used, uses, counters, slot_ids, awaited_expert,
+):  # fmt: skip
+    """Store what is known before anything is missing: who was found where, and whose guess has come true."""
+    tl.atomic_add(counters, tl.sum((first & found).to(tl.int64), 0), sem="relaxed")
+    tl.atomic_add(counters + 1, misses.to(tl.int64) + tl.sum(handed.to(tl.int64), 0), sem="relaxed")
+    tl.store(last_used + slot, now, mask=in_use)
+    tl.store(uses + slot, frequency + 1, mask=in_use)
+    tl.store(slot_ids + pair, tl.where(handed, HANDED_OVER, place), mask=found | handed)
+    tl.store(slot_of + awaited, its_slot, mask=arrived)
+    tl.store(expert_of + its_slot, awaited, mask=arrived)
+    tl.store(awaited_expert, -1, mask=awaited >= 0)
+
+
 @triton.jit(do_not_specialize=["layer", "slots"])
 def _resolve_kernel(
     choices, layer, slots, slot_of, expert_of, last_used, uses, clock, counters,
@@ -262,12 +282,10 @@ def _resolve_kernel(
     wait_for_inputs(OVERLAP)
     pair, slot, guess = tl.arange(0, PADDED_PAIRS), tl.arange(0, PADDED_SLOTS), tl.arange(0, LANES)
     chosen, exists = pair < PAIRS, slot < slots
-    slot_of += layer * EXPERTS
-    expert_of += layer * slots
+    slot_of, expert_of = slot_of + layer * EXPERTS, expert_of + layer * slots
     last_used, uses = last_used + layer * slots, uses + layer * slots
-    counters += layer * 2
+    counters, awaited_counters = counters + layer * 2, awaited_counters + layer * 3
     awaited_expert += layer * AHEAD
-    awaited_counters += layer * 3
     order_frame, order_slot = order_frame + layer * ORDERS, order_slot + layer * ORDERS
     claimed, done, due = claimed + layer * ORDERS, done + layer * ORDERS, due + layer * ORDERS
 
@@ -299,25 +317,18 @@ def _resolve_kernel(
     # Threads store what others have loaded above: no store may overtake a load.
     tl.debug_barrier()
     tl.store(clock + layer, now)
-    tl.atomic_add(counters, tl.sum((first & found).to(tl.int64), 0), sem="relaxed")
-    tl.atomic_add(counters + 1, misses.to(tl.int64) + tl.sum(handed.to(tl.int64), 0), sem="relaxed")
-    tl.store(last_used + slot, now, mask=in_use)
-    tl.store(uses + slot, frequency + 1, mask=in_use)
-    tl.store(slot_ids + pair, tl.where(handed, HANDED_OVER, place), mask=found | handed)
-    tl.store(slot_of + awaited, its_slot, mask=arrived)
-    tl.store(expert_of + its_slot, awaited, mask=arrived)
-    tl.store(awaited_expert + guess, -1, mask=awaited >= 0)
+    _note_use(
+        pair, first, found, handed, place, misses, slot, in_use, frequency, now, awaited, its_slot, arrived,
+        slot_of, expert_of, last_used, uses, counters, slot_ids, awaited_expert + guess,
+    )  # fmt: skip
     wrong = (awaited >= 0) & ~arrived & ~dropped
     _settle_guesses(guess, arrived, wrong, awaited_counters, claimed, due, CHUNKS, STRIDE)
     if misses > 0:  # seldom, where there are many slots, and it takes longer than the rest
         may_go = exists & ~in_use & ~among(its_slot, slot)
         order, taken = _take_slots(
-            expert, missing, first, misses, may_go, slot, resident, recency, frequency, now, slot_of,
-            last_used, uses, FREQUENCY,
+            pair, expert, missing, first, misses, may_go, slot, resident, recency, frequency, now,
+            slot_of, expert_of, last_used, uses, slot_ids, FREQUENCY,
         )  # fmt: skip
-        tl.store(slot_ids + pair, taken, mask=missing)
-        tl.store(slot_of + expert, taken, mask=missing & (taken >= 0))
-        tl.store(expert_of + taken, expert, mask=missing & (taken >= 0))
         order_copies(
             order_frame, order_slot, claimed, done, due, AHEAD + order, frame, taken, missing & (taken >= 0),
             first & missing & (taken >= 0), CHUNKS,
