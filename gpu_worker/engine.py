@@ -129,7 +129,7 @@ class Engine:
         return self.model.prefill(ids, place, self.pools, start)
 
     def divide(self, count: int) -> list[int]:
-        """The sizes of steps in which so many sequences are decoded fastest, once each."""
+        """The sizes of the steps in which so many sequences are to be decoded, once each."""
         return [count] if count else []
 
     def decode(self, places: Sequence[int], tokens: Sequence[int]) -> Tensor:

@@ -224,12 +224,12 @@ class Scheduler:
         samples = self._decoding
         for size in self._engine.divide(len(samples)):
             taking_part, samples = samples[:size], samples[size:]
-            # Not those that have ended meanwhile, by the failure of another sample of theirs.
-            self._step([sample for sample in taking_part if sample.request in self._endings])
+            # Not those that have ended by the failure of another sample, nor those that gave up meanwhile.
+            self._step([s for s in taking_part if s.request in self._endings and not s.request.cancelled])
 
     def _step(self, samples: Sequence[Sample]) -> None:
         """The next token of each."""
-        engine = self._engine
+        engine, logits = self._engine, None
         if not samples:
             return
         # A step that fails leaves states half-way, those of all its sequences.
@@ -237,14 +237,16 @@ class Scheduler:
             logits = engine.decode(
                 [sample.place for sample in samples], [sample.output[-1] for sample in samples]
             )
-            assert engine.best is not None
-            for sample in self._decoding:
-                sample.stream_chosen()  # while the device is at it
-            for row, sample in enumerate(samples):
-                if sample.request in self._endings:  # not if an earlier sample of it has failed
-                    with self._blaming([sample.request]):
-                        if sample.accept(engine, logits[row], engine.best[row]):
-                            self._end_sample(sample)
+        if logits is None:
+            return
+        assert engine.best is not None
+        for sample in self._decoding:
+            sample.stream_chosen()  # while the device is at it
+        for row, sample in enumerate(samples):
+            if sample.request in self._endings:  # not if an earlier sample of it has failed
+                with self._blaming([sample.request]):
+                    if sample.accept(engine, logits[row], engine.best[row]):
+                        self._end_sample(sample)
 
     def _end_sample(self, sample: Sample) -> None:
         job = sample.request

@@ -7,10 +7,10 @@ there are slots and experts without a frame, which are the host's (it reads `col
 what became of them by `restore`), prompts (which only `settle` in free slots), and registering the arena.
 
 Order. resolve, fetch and the expert kernels of a step run in one stream, and so does the next step: a slot is
-overwritten only after every kernel that reads its former record, and read only after it was filled. What is
-copied ahead runs beside them, into slots that nobody reads or fills until the layer's `fetch` has seen the
-copies through. Frames of such a store are never reused, so a record needs no second look at the arena's
-directory.
+overwritten only after every kernel that reads its former record, and read only after it was filled. The
+kernel after a fetch may begin before that has ended: it waits slot by slot. What is copied ahead runs beside
+them, into slots that nobody reads or fills until the layer's `fetch` has seen the copies through. Frames of
+such a store are never reused, so a record needs no second look at the arena's directory.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class DeviceSlots:
         return self.slot_ids[: choices.numel()].view(choices.shape)
 
     def fetch(self, layer: int) -> Coming:
-        """See that what the last `resolve` of `layer` found, or gave slots to, is there."""
+        """See that what the last `resolve` of `layer` found, or gave slots to, is there for the kernels that
+        follow; the next one may begin before, and wait for what is coming itself."""
         orders.copy(range(layer, layer + 1), self.orders, self.arena_base, self.pool, wait=True)
         return Coming(self.orders, layer)
 

@@ -35,7 +35,9 @@ class DeviceEngine(Engine):
         able = captured_sizes(pools.sequences)
         sizes = [] if eager else list(filter(experts.device_drives, able))
         self._captured = CapturedSteps(self._step, sizes, self._device)
-        self._sizes = StepSizes(able, self._device) if len(able) > 1 else None
+        # Larger steps than the captured ones are led by the host, which may be faster yet. Where none is
+        # captured, all that costs something is shared by a step's sequences.
+        self._sizes = StepSizes(able, self._device) if sizes and len(able) > 1 else None
         self.launches_only = bool(sizes)
         # Capturing decoded token 0 at places that are free: as new again.
         for place in range(pools.sequences):

@@ -24,7 +24,7 @@ from common.record import RecordLayout, RecordLayouts
 from gpu_worker.cuda import probe
 from gpu_worker.cuda.host_memory import RegisteredArena
 from gpu_worker.cuda.kernels.lane import SHARES, Lane
-from gpu_worker.cuda.kernels.orders import PROGRAMS
+from gpu_worker.cuda.kernels.orders import PROGRAMS, Coming, copy, no_orders
 from gpu_worker.cuda.kernels.rotation import rotate
 from gpu_worker.cuda.linear import Activations
 from gpu_worker.cuda.step_experts import SlotKernels
@@ -113,10 +113,14 @@ def _unusable(layouts: RecordLayouts, config: ModelConfig, threads: int) -> str 
 def _differs(layouts: RecordLayouts, arena: RegisteredArena, device: torch.device) -> str | None:
     """Why the host's bits are not the device's, layout by layout; None if they are."""
     draw, slot_ids = torch.Generator().manual_seed(0), torch.zeros(1, dtype=torch.int32, device=device)
+    nothing, base = no_orders(1, 1, device), torch.zeros(1, dtype=torch.int64, device=device)
     for layout in dict.fromkeys(layouts.layers):
         record = _some(arena, layouts.layers.index(layout))[0]
         x = rotate(torch.randn(1, layout.up.in_features, generator=draw).to(device))
-        expected = SlotKernels(layout)(Activations(None, x), record.to(device)[None], slot_ids, 1).cpu()
+        pool = record.to(device)[None]
+        copy(range(1), nothing, base, pool[None], wait=True)  # as in a step, for the same kernels
+        coming = Coming(nothing, 0)
+        expected = SlotKernels(layout)(Activations(None, x), pool, slot_ids, 1, coming=coming).cpu()
         found = torch.empty_like(expected)
         expert_lane.device_experts(layout, [record], x.cpu(), found)
         if not torch.equal(found, expected):

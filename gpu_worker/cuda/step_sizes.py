@@ -8,7 +8,9 @@ number of sequences asks for the sizes of the steps in which each has its turn. 
 from __future__ import annotations
 
 import logging
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,26 +19,30 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_TRIED = 4  # steps of a size until its time is believed
-_RETRY = 4096  # steps until all sizes are tried again
-_WEIGHT = 1 / 8  # of a new step in a size's time, at least
+_BELIEVED = 3  # measured steps, after a first one, which may compile or load something
+_REMEMBERED = 5  # the last steps of a size, of which the median counts: one that had to wait says nothing
+_RETRY = 512  # rounds until a size that would be possible, but is not the fastest, is measured once more
+# What the host takes for a step beside the device: a token of one sequence took 1.74 ms through gRPC, its
+# kernels 1.64, on an H200.
+_HOST_SECONDS = 1e-4
 
 
 class StepSizes:
     """For one engine's thread; `sizes` begin with 1, ascending."""
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self._sizes, self._watch = list(sizes), _Stopwatch(device)
-        self._seconds = dict.fromkeys(sizes, 0.0)  # of a step
-        self._tried = dict.fromkeys(sizes, 0)  # steps since all were to be tried
-        self._steps, self._told = 0, 0
+        self._sizes = {size: _Size() for size in sizes}
+        self._watch, self._told = _Stopwatch(device), 0
 
     def divide(self, count: int) -> list[int]:
         """The sizes of steps that decode `count` sequences once each."""
         self._note()
+        possible = [size for size in self._sizes if size <= count]
+        for size in possible:
+            self._sizes[size].rounds += 1
         divided = []
         while count:
-            divided.append(self._best([size for size in self._sizes if size <= count]))
+            divided.append(self._next([size for size in possible if size <= count]))
             count -= divided[-1]
         return divided
 
@@ -44,66 +50,91 @@ class StepSizes:
     def measuring(self, size: int) -> Iterator[None]:
         """The block launches a step of that size, the last one's results having been looked at."""
         self._note()
-        if size not in self._seconds:
+        if size not in self._sizes:
             yield
             return
         with self._watch.running(size):
             yield
 
-    def _best(self, sizes: list[int]) -> int:
-        """The size to be tried, the largest first; else the one that takes the least for a sequence."""
-        untried = [size for size in sizes if self._tried[size] < _TRIED]
-        return untried[-1] if untried else min(reversed(sizes), key=self._share)
+    def _next(self, sizes: Sequence[int]) -> int:
+        """The largest that is to be measured, or else the one that takes the least for a sequence."""
+        fastest = min(reversed(sizes), key=self._share)
+        for size in reversed(sizes):
+            known = self._sizes[size]
+            if not known.believed or (size != fastest and known.rounds >= _RETRY):
+                known.rounds = 0
+                return size
+        return fastest
 
     def _share(self, size: int) -> float:
-        return self._seconds[size] / size
+        """Seconds of a step for each of its sequences."""
+        return self._sizes[size].seconds / size
 
     def _note(self) -> None:
         """What the last step took."""
         for size, seconds in self._watch.read():
-            self._tried[size] += 1
-            weight = max(_WEIGHT, 1 / self._tried[size])
-            self._seconds[size] += weight * (seconds - self._seconds[size])
+            self._sizes[size].add(seconds + _HOST_SECONDS)
             self._tell()
-            self._steps += 1
-            if self._steps % _RETRY == 0:
-                self._tried = dict.fromkeys(self._sizes, 0)
 
     def _tell(self) -> None:
-        """Of a size that is the fastest from now on, once all have been tried."""
-        if min(self._tried.values()) < _TRIED:
+        """Of a size that is the fastest from now on, once all are known."""
+        if not all(size.believed for size in self._sizes.values()):
             return
-        best = self._best(self._sizes)
-        if best != self._told:
-            self._told = best
+        fastest = min(reversed(list(self._sizes)), key=self._share)
+        if fastest != self._told:
+            self._told = fastest
             shares = ", ".join(f"{1e3 * self._share(size):.2f} ms of {size}" for size in self._sizes)
-            log.info("decoding %d at a time is fastest now; each takes %s", best, shares)
+            log.info("decoding %d at a time is fastest now; each takes %s", fastest, shares)
+
+
+class _Size:
+    """What is known of steps of one size."""
+
+    def __init__(self) -> None:
+        self.rounds = 0  # in which it was possible, since it was last tried out
+        self._begun = False
+        self._recent: deque[float] = deque(maxlen=_REMEMBERED)
+
+    @property
+    def believed(self) -> bool:
+        return len(self._recent) >= _BELIEVED
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self._recent) if self._recent else 0.0
+
+    def add(self, seconds: float) -> None:
+        if self._begun:
+            self._recent.append(seconds)
+        self._begun = True
 
 
 class _Stopwatch:
     """The time of one step after the other, by the device's own clock if it has one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events: list[Any] = []
+        self._begin: Any = None
+        self._end: Any = None
         if device.type == "cuda":
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._size, self._seconds = 0, 0.0
 
     @contextmanager
     def running(self, size: int) -> Iterator[None]:
         began = time.perf_counter()
-        for event in self._events[:1]:
-            event.record()
+        if self._begin is not None:
+            self._begin.record()
         yield
-        for event in self._events[1:]:
-            event.record()
+        if self._end is not None:
+            self._end.record()
         self._size, self._seconds = size, time.perf_counter() - began
 
     def read(self) -> Iterator[tuple[int, float]]:
         """Size and seconds of the last step, once, if it has ended."""
-        if self._size and all(event.query() for event in self._events):
-            seconds = self._seconds
-            if self._events:
-                seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
-            yield self._size, seconds
-        self._size = 0
+        size, self._size = self._size, 0
+        if not size:
+            return
+        if self._end is None:
+            yield size, self._seconds
+        elif self._end.query():
+            yield size, self._begin.elapsed_time(self._end) / 1e3

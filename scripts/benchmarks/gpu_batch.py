@@ -1,4 +1,5 @@
-"""Several sequences in one step, by an engine in this process on a running store.
+"""Several sequences, in steps of the sizes that a worker would take, by an engine in this process on a
+running store.
 
 Left out are the scheduler, gRPC, and sampling but for the likeliest token. As a script it answers `measure`,
 see `gpu_child`.
@@ -11,6 +12,7 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -47,22 +49,22 @@ class Options:
 
 @dataclass(frozen=True)
 class BatchRow(Row):
-    """Steps of so many sequences."""
+    """So many sequences."""
 
     title: ClassVar[str] = (
-        "steps of several sequences, by an engine alone: no scheduler, no sampling, no gRPC"
+        "several sequences, by an engine alone: no scheduler, sampling or gRPC; a round is a token of each"
     )
 
     budget: str
     slots: int
     policy: str
     sequences: int
-    largest_step: int  # sequences that were decoded together in the end
+    at_once: int  # sequences of the steps that made most of the tokens
     prompt: int
     rate: Spread  # tokens a second, all sequences together
-    step_ms: Spread  # until each sequence has its next token
+    round_ms: Spread
     hit_rate: float | None
-    bytes_per_step: float
+    bytes_per_round: float
     link_share: float | None
     device_bytes: int | None
     to_one: float | None  # times the rate of one sequence
@@ -70,12 +72,12 @@ class BatchRow(Row):
     def cells(self) -> dict[str, str]:
         return {
             "budget": f"{self.budget:>6}", "slots": f"{self.slots:5}", "sequences": str(self.sequences),
-            "at once": str(self.largest_step),
+            "at once": str(self.at_once),
             "tok/s": f"{self.rate.median:7.4g}", "spread": f"{self.rate.range:>16}",
-            "ms a step": f"{self.step_ms.median:7.3g}",
+            "ms a round": f"{self.round_ms.median:7.3g}",
             "x one": "-" if self.to_one is None else f"{self.to_one:.2f}",
             "hits": "-" if self.hit_rate is None else f"{self.hit_rate:6.1%}",
-            "MB a step": f"{self.bytes_per_step / 1e6:7.1f}",
+            "MB a round": f"{self.bytes_per_round / 1e6:7.1f}",
             "link": "-" if self.link_share is None else f"{self.link_share:6.1%}",
             "peak GB": "-" if self.device_bytes is None else f"{self.device_bytes / 1e9:.2f}",
         }  # fmt: skip
@@ -85,8 +87,8 @@ def benchmark(options: Options, link: float | None) -> Iterator[BatchRow]:
     """A row for each number of sequences; `link` in bytes a second. Raises Ended."""
     one: float | None = None
     for answer in answers("gpu_batch.py", asdict(options)):
-        rate, seconds = Spread.of(answer["rates"]), sum(answer["step_seconds"])
-        steps, moved = len(answer["step_seconds"]), answer["bytes_moved"]
+        rate, seconds = Spread.of(answer["rates"]), sum(answer["round_seconds"])
+        rounds, moved = len(answer["round_seconds"]), answer["bytes_moved"]
         if answer["sequences"] == 1:
             one = rate.median
         lookups = answer["hits"] + answer["misses"]
@@ -96,12 +98,12 @@ def benchmark(options: Options, link: float | None) -> Iterator[BatchRow]:
             slots=answer["slots"],
             policy=answer["policy"],
             sequences=answer["sequences"],
-            largest_step=answer["largest_step"],
+            at_once=answer["at_once"],
             prompt=options.prompt,
             rate=rate,
-            step_ms=Spread.of([1e3 * step for step in answer["step_seconds"]]),
+            round_ms=Spread.of([1e3 * seconds for seconds in answer["round_seconds"]]),
             hit_rate=answer["hits"] / lookups if lookups else None,
-            bytes_per_step=moved / steps,
+            bytes_per_round=moved / rounds,
             link_share=moved / seconds / link if link else None,
             device_bytes=answer["device_bytes"],
             to_one=rate.median / one if one else None,
@@ -131,14 +133,14 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
 
 def _steps(engine: Engine, count: int, options: Options, vocabulary: int) -> dict[str, Any]:
     experts, rates, seconds = engine.experts, list[float](), list[float]()
-    hits = misses = moved = 0
+    hits, misses, moved, sizes = 0, 0, 0, Counter[int]()
     for run in range(options.runs):
         places = [engine.take_place() for _ in range(count)]
         prompts = [prompt_of(100 * run + n, options.prompt, vocabulary) for n in range(count)]
         tokens = [_prefill(engine, *pair) for pair in zip(places, prompts, strict=True)]
         tokens = _decode(engine, places, tokens, _WARMING)[1]
         before = experts.counters.copy()
-        times, _ = _decode(engine, places, tokens, options.steps)
+        times, _ = _decode(engine, places, tokens, options.steps, sizes)
         counted = experts.counters.since(before)
         hits, misses, moved = hits + counted.hits, misses + counted.misses, moved + counted.bytes_fetched
         rates.append(count * options.steps / sum(times))
@@ -148,8 +150,8 @@ def _steps(engine: Engine, count: int, options: Options, vocabulary: int) -> dic
     on_gpu = torch.cuda.is_available()
     return {
         "slots": experts.slots, "policy": experts.describe(), "sequences": count,
-        "largest_step": max(engine.divide(count)), "rates": rates,
-        "step_seconds": seconds, "hits": hits, "misses": misses, "bytes_moved": moved,
+        "at_once": max(sizes, key=lambda size: size * sizes[size]), "rates": rates,
+        "round_seconds": seconds, "hits": hits, "misses": misses, "bytes_moved": moved,
         "device_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
     }  # fmt: skip
 
@@ -162,13 +164,15 @@ def _prefill(engine: Engine, place: int, prompt: Sequence[int]) -> int:
 
 
 def _decode(
-    engine: Engine, places: Sequence[int], tokens: list[int], steps: int
+    engine: Engine, places: Sequence[int], tokens: list[int], rounds: int, sizes: Counter[int] | None = None
 ) -> tuple[list[float], list[int]]:
-    """Seconds until each has its next token, in as many steps as a worker would take; the last tokens."""
+    """Seconds of each round, and the last tokens; `sizes` counts the steps by their sequences."""
     times = []
-    for _ in range(steps):
+    for _ in range(rounds):
         started, following = time.perf_counter(), list[int]()
         for size in engine.divide(len(places)):
+            if sizes is not None:
+                sizes[size] += 1
             part = slice(len(following), len(following) + size)
             logits = engine.decode(places[part], tokens[part])
             following += logits.argmax(-1).tolist()  # waits for the device

@@ -13,7 +13,7 @@ namespace hlwq {
 namespace {
 
 constexpr int64_t kBlock = 128;
-constexpr int64_t kOutputs = 32;  // output features in one piece of work: some tens of microseconds
+constexpr int64_t kOutputs = 32;  // output features in a piece of work, of one row at least: some tens of microseconds
 
 const Path* find_path(const char* name) {
 #if defined(__x86_64__)

@@ -24,7 +24,8 @@ int threads();
 inline int64_t run_of(int64_t items, int64_t fewest) {
     constexpr int64_t kTurns = 6;
     const int64_t pieces = kTurns * threads();
-    return std::max(fewest, (items + pieces - 1) / pieces);
+    const int64_t items_each = (items + pieces - 1) / pieces;
+    return std::max(fewest, (items_each + 7) / 8 * 8);  // some kernels compute a few at once
 }
 
 // How long a thread spins before it sleeps, from its next wait on.

@@ -156,10 +156,10 @@ def _packed_kernel(
     # With orders this runs beside the copying, and all but the records is there.
     wait_for_inputs(OVERLAP and ORDERS == 0)
     pair = tl.program_id(1)
-    slot = tl.load(slot_ids + pair)
+    slot = tl.load(slot_ids + pair, volatile=ORDERS > 0)
     if slot >= 0:
         if ORDERS > 0:
-            wait_for_slot(order_slot, done, due, layer, slot, ORDERS, LANES)
+            pool += wait_for_slot(order_slot, done, due, layer, slot, ORDERS, LANES)
         record = _record_of(pool, slot, stride)
         low = tl.multiple_of((record + LOW).to(tl.pointer_type(tl.int32)), 16)
         high = tl.multiple_of((record + HIGH).to(tl.pointer_type(tl.int32)), 16)
@@ -169,7 +169,7 @@ def _packed_kernel(
         begin = tl.program_id(0) * rows
         row_products(
             low, high, norms, codebook, x_row, y_row, y_row, begin, tl.minimum(begin + rows, outs),
-            BITS, BLOCKS, SPAN, CHUNKS, AT_ONCE, False,
+            BITS, BLOCKS, SPAN, CHUNKS, AT_ONCE, False, ORDERS == 0,
         )  # fmt: skip
     wait_for_inputs(OVERLAP and ORDERS > 0)  # the next kernel must not overtake the copying
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_worker.cuda.kernels.memory_order import acquired, acquired_from_host
+from gpu_worker.cuda.kernels.memory_order import acquired, acquired_from_host, pause
 from gpu_worker.cuda.kernels.orders import GIVEN_UP, Orders
 
 HANDED_OVER = tl.constexpr(-2)  # instead of a slot id
@@ -33,7 +33,7 @@ class Lane(NamedTuple):
     x: Tensor  # (columns,) float32: the activations of the request, rotated
     answered: Tensor  # (1,): the number of the last request that was answered
     products: Tensor  # (pairs, hidden) float32: the answer
-    heard: Tensor  # (1,): the number of the last request whose answer a step has waited for
+    heard: Tensor  # (1,): the number of the last request whose answer a kernel has waited for
     posted: Tensor  # (1,): the number of the last request
     share: Tensor  # (1,): of experts that could be handed over, in SHARES-ths: see `_share_of`
     computed: Tensor  # (layers,) int64: experts that were handed over
@@ -173,4 +173,4 @@ def wait_for_answer(posted, answered, heard):
     else:
         lane = tl.zeros([32], tl.int32)
         while tl.max(acquired(heard + lane), 0) != number:
-            pass
+            pause()

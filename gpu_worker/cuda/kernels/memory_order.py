@@ -42,6 +42,21 @@ def acquired_from_host(pointer):
 
 
 @triton.jit
+def zero_after(value):
+    """0, which the compiler does not know before it knows `value`, a scalar of int32.
+
+    Added to an address, it keeps loads behind what `value` waited for, those that are taken for free of side
+    effects as well.
+    """
+    if _ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "{ .reg .u32 unused; mov.u32 unused, $1; mov.u32 $0, 0; }", "=r,r", [value],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return value * 0
+
+
+@triton.jit
 def pause():
     """A while in which others are not disturbed by looking again: some 100 ns."""
     if _ASSEMBLY:

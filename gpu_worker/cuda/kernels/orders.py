@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_worker.cuda.kernels.memory_order import acquired, pause
+from gpu_worker.cuda.kernels.memory_order import acquired, pause, zero_after
 from gpu_worker.cuda.kernels.overlap import let_next_begin, overlapping, wait_for_inputs
 from gpu_worker.cuda.kernels.packed_words import INTERPRETED
 
@@ -124,13 +124,16 @@ def order_copies(
 
 @triton.jit
 def wait_for_slot(order_slot, done, due, layer, slot, ORDERS: tl.constexpr, LANES: tl.constexpr):
-    """Until nothing is on its way to a slot of the layer; what lies there may be read from here on."""
+    """Until nothing is on its way to a slot of the layer: 0, to be added to addresses that lie in it."""
     order = tl.arange(0, LANES)
     known = layer * ORDERS + tl.where(order < ORDERS, order, 0)
-    its = (order < ORDERS) & (tl.load(order_slot + known) == slot)
-    chunks = tl.load(due + known)
-    while tl.max((its & (acquired(done + known) < chunks)).to(tl.int32), 0) > 0:
+    so_far = acquired(done + known)  # before the others, so that these are not older
+    its, chunks = (order < ORDERS) & (tl.load(order_slot + known) == slot), tl.load(due + known)
+    coming = tl.max((its & (so_far < chunks)).to(tl.int32), 0)
+    while coming > 0:
         pause()
+        coming = tl.max((its & (acquired(done + known) < chunks)).to(tl.int32), 0)
+    return zero_after(coming)
 
 
 @triton.jit
@@ -143,8 +146,9 @@ def _first_open(claimed, order, exists, CHUNKS: tl.constexpr, NONE: tl.constexpr
 @triton.jit
 def _undone(done, due, order, exists):
     """How many of the orders are not done; what was copied for the others can be read from here on."""
-    copied = tl.atomic_add(done + order, 0, mask=exists, sem="acquire")
-    return tl.sum((exists & (copied < tl.load(due + order, mask=exists, other=0))).to(tl.int32), 0)
+    known = tl.where(exists, order, 0)
+    copied = acquired(done + known)
+    return tl.sum((exists & (copied < tl.load(due + known))).to(tl.int32), 0)
 
 
 # Numbers of layers and slots are no constants: each would be a kernel of its own, to be compiled at start.

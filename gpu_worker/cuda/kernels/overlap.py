@@ -27,7 +27,8 @@ def overlapping() -> dict[str, Any]:
 
 @triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr):
-    """From here on all that earlier kernels have written is there: nothing may be read or written before."""
+    """From here on all that earlier kernels have written is there: nothing may be read or written before, but
+    for what `let_next_begin` says."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 

@@ -90,7 +90,7 @@ def _one_row_kernel(
     begin = tl.program_id(0) * taken
     row_products(
         low, high, norms, codebook, x, y, residual, begin, tl.minimum(begin + taken, outs),
-        BITS, BLOCKS, SPAN, CHUNKS, AT_ONCE, ADD,
+        BITS, BLOCKS, SPAN, CHUNKS, AT_ONCE, ADD, True,
     )  # fmt: skip
 
 

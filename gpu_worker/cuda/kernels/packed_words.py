@@ -21,11 +21,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as it is when kernels
 BARE_BFLOAT16 = tl.constexpr(INTERPRETED)  # the interpreter keeps it as bits, which it would multiply
 
 # $0 = this lane's centroid of the codebook at $1; lanes beyond the last code, $2, repeat smaller codebooks,
-# so that none reads what follows them.
+# so that none reads what follows them. The second form is for a codebook that may be written while the kernel
+# runs: it keeps off the cache of what never changes.
 _LANE_CENTROID = tl.constexpr("""{
     .reg .u32 lane; .reg .u64 address;
     mov.u32 lane, %laneid; and.b32 lane, lane, $2; mad.wide.u32 address, lane, 4, $1;
     ld.global.nc.f32 $0, [address]; }""")
+_LANE_CENTROID_NOW = tl.constexpr(_LANE_CENTROID.value.replace(".nc", ""))
 # Four look-ups and their products: $0 = $7 + sum of centroid(byte i of $1) * x_i for x_0..x_3 in $3..$6, $2
 # being the lane's centroid.
 _FOUR_PRODUCTS = tl.constexpr("""{
@@ -132,12 +134,16 @@ def codes_of(first, second, word, BITS: tl.constexpr):
 
 
 @triton.jit
-def centroid_table(codebook, codes, BITS: tl.constexpr):
-    """What codes of this shape are looked up in: each lane's own centroid, or the codebook itself."""
+def centroid_table(codebook, codes, BITS: tl.constexpr, FIXED: tl.constexpr = True):
+    """What codes of this shape are looked up in: each lane's own centroid, or the codebook itself.
+
+    FIXED: it was there when the kernel began. Else its address must be known only once it is there.
+    """
     if shuffled(BITS):
         address = tl.zeros_like(codes).to(tl.int64) + codebook.to(tl.int64)
         return tl.inline_asm_elementwise(
-            _LANE_CENTROID, "=f,l,r", [address, tl.full(codes.shape, (1 << BITS) - 1, tl.int32)],
+            _LANE_CENTROID if FIXED else _LANE_CENTROID_NOW, "=f,l,r",
+            [address, tl.full(codes.shape, (1 << BITS) - 1, tl.int32)],
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     else:  # noqa: RET505, the compiler wants both branches

@@ -109,12 +109,12 @@ def _chunk_products(first, second, scale, x, table, BITS: tl.constexpr):
 def row_products(
     low, high, norms, codebook, x, y, residual, begin, end,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNKS: tl.constexpr,
-    AT_ONCE: tl.constexpr, ADD: tl.constexpr,
+    AT_ONCE: tl.constexpr, ADD: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """y[row] = W[row] . x for rows begin to end - 1, plus residual[row] where ADD, in y's type.
 
     low, high: planes as int32 pointers (high is unused where bits have one plane); norms float16; x a float32
-    pointer to one row of rotated activations.
+    pointer to one row of rotated activations. FIXED: W was there when the kernel began.
     """
     lane = tl.arange(0, AT_ONCE)
     row = tl.minimum(begin + lane, end - 1)[:, None]
@@ -124,7 +124,7 @@ def row_products(
     x0 = _row_activations(x, 0, BLOCKS, SPAN, CHUNKS)
     x1 = _row_activations(x, 1, BLOCKS, SPAN, CHUNKS)
     x2 = _row_activations(x, 2, BLOCKS, SPAN, CHUNKS)
-    table = centroid_table(codebook, first0, BITS)
+    table = centroid_table(codebook, first0, BITS, FIXED)
     for start in tl.range(begin, end, AT_ONCE, num_stages=1):
         # A chunk is loaded anew as soon as it is used: the load has the time of the other chunks. The ifs are
         # always taken. Without them the compiler mixes the chunks, and puts all loads off to the row's end.

@@ -72,6 +72,45 @@ def test_the_first_that_has_chunks_left_is_next(device: torch.device, claimed: l
     assert found.tolist() == [first]
 
 
+@triton.jit
+def _waited(order_slot, done, due, layer, slot, found, ORDERS: tl.constexpr, LANES: tl.constexpr):
+    tl.store(found, 1 + kernels.wait_for_slot(order_slot, done, due, layer, slot, ORDERS, LANES))
+
+
+def test_who_waits_for_a_slot_waits_for_nothing_else(device: torch.device) -> None:
+    """Neither for other slots, nor for what was given up, nor for another layer."""
+    orders, found = no_orders(LAYERS, MISSES, device), torch.zeros(1, dtype=torch.int32, device=device)
+    for layer, order, slot, done, due in [
+        (1, 0, 2, 3, 3), (1, 1, 2, 1, 1), (1, AHEAD, 3, 1, 3), (0, 0, 2, 0, 3), (2, MISSES, 2, 0, 3),
+    ]:  # fmt: skip
+        orders.slot[layer, order], orders.done[layer, order], orders.due[layer, order] = slot, done, due
+    columns = orders.slot, orders.done, orders.due
+    _waited[(1,)](*columns, 1, 2, found, ORDERS=AHEAD + MISSES, LANES=32, num_warps=1)
+    assert found.tolist() == [1]
+
+
+@pytest.mark.gpu
+def test_who_waits_for_a_slot_is_told(device: torch.device) -> None:
+    """By a launch beside it that copies slowly."""
+    if device.type != "cuda":
+        pytest.skip("the interpreter runs one kernel after the other")
+    stride, other = 200 * 4 * CHUNK, torch.cuda.Stream(device)
+    arena, base = arena_of(stride, device)
+    pool = torch.zeros(LAYERS, SLOTS, stride, dtype=torch.uint8, device=device)
+    for _ in range(10):
+        orders, found = ordered([(0, AHEAD, 5, 1)], stride, device), torch.zeros(1, dtype=torch.int32)
+        found, there = found.to(device), torch.empty(stride, dtype=torch.uint8, device=device)
+        pool.zero_()
+        other.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(other):
+            kernels.copy(range(1), orders, base, pool, programs=1)
+        columns = orders.slot, orders.done, orders.due
+        _waited[(1,)](*columns, 0, 1, found, ORDERS=AHEAD + MISSES, LANES=32, num_warps=1)
+        there.copy_(pool[0, 1])
+        assert torch.equal(there.cpu(), arena[5]) and found.tolist() == [1]
+        torch.cuda.synchronize(device)
+
+
 @pytest.mark.gpu
 def test_launches_side_by_side(device: torch.device) -> None:
     """The one that waits has everything when it ends, whoever copied it."""
