@@ -87,17 +87,18 @@ class PromptExperts:
         prepared = kernel.prepare(x)
         products = torch.empty(choices.numel(), x.shape[1], device=x.device)
 
-        def compute(experts: list[int], records: list[Tensor]) -> None:
-            for part in _parts([spans[expert] for expert in experts]):
-                addresses = [record.data_ptr() for record in records[part]]
-                chosen = [spans[expert] for expert in experts[part]]
-                kernel(prepared, addresses, chosen, expected.positions, k, products)
+        def compute(experts: list[int], addresses: list[int]) -> None:
+            chosen = [spans[expert] for expert in experts]
+            for part in _parts(chosen):
+                kernel(prepared, addresses[part], chosen[part], expected.positions, k, products)
 
         pool, settling = self._cache.pool[layer], _settling(residents[0], missing, spans)
-        compute(resident, [pool[slot_of[expert]] for expert in resident])
+        # Views of a hundred slots would take the host longer than the rest of a layer, which waits meanwhile.
+        start, stride = pool.data_ptr(), pool.stride(0)
+        compute(resident, [start + slot_of[expert] * stride for expert in resident])
         for wave in self._ring.waves(keys):
             experts = [key.expert for key, _ in wave]
-            compute(experts, [record for _, record in wave])
+            compute(experts, [record.data_ptr() for _, record in wave])
             for expert, (_, record) in zip(experts, wave, strict=True):
                 if expert in settling:
                     pool[settling[expert]].copy_(record)
