@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from common.checkpoint.published_codes import bit_run, bits_of, extended, nibbles, stored_codebook
+from common.checkpoint.published_codes import bit_run, bits_of, extended, nibbles, repacked, stored_codebook
 from common.checkpoint.published_form import HLWQ, NIBBLES, Q5, Form, checked_bits
 from common.checkpoint.values import are_norms
 from common.errors import CheckpointError
@@ -69,14 +69,18 @@ class PublishedMatrix:
         return self.read().decode(torch.bfloat16)
 
     def _planes(self, bits: int) -> tuple[Tensor, ...]:
-        planes = empty_planes(self.form.shape[0], padded(self.form.shape[1]), bits)
+        planes, width = empty_planes(self.form.shape[0], padded(self.form.shape[1]), bits), self.form.width
         for some in self._row_slices():
-            codes = self._unpack(self._stored(some))
+            stored, target = self._stored(some), tuple(plane[some] for plane in planes)
+            if self.form.layout in (Q5, HLWQ) and self.bits == width:  # then no code is out of range
+                repacked(stored, width, self.form.layout == HLWQ, bits, target)
+                continue
+            codes = self._unpack(stored)
             if self.bits < self.form.width and int(codes.max()) >= 1 << self.bits:
                 raise self.form.codes.refusal(
                     f"holds code {int(codes.max())}, out of range for codes of {self.bits} bits"
                 )
-            pack_planes(codes, bits, out=tuple(plane[some] for plane in planes))
+            pack_planes(codes, bits, out=target)
         return planes
 
     def _stored(self, rows: slice) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.errors import CheckpointError
 from common.hlwq import native
 from common.hlwq.codebook import packing_codebook, published_codebook
-from common.hlwq.planes import BLOCK
+from common.hlwq.planes import BLOCK, pack_planes
 
 _FLOAT32_ROUNDING = 4 * torch.finfo(torch.float32).eps  # scaling, storing and scaling back, and some more
 _FEWEST_IN_UPPER_HALF = 1 / 64
@@ -44,6 +44,16 @@ def bit_run(rows: Tensor, bits: int, most_significant_first: bool) -> Tensor:
     return codes.view(rows.shape[0], -1)
 
 
+def repacked(
+    rows: Tensor, width: int, most_significant_first: bool, bits: int, planes: tuple[Tensor, ...]
+) -> None:
+    """A run of codes of `width` bits, of whole blocks, into contiguous planes of `bits`, at least as many."""
+    if native.usable(rows):
+        native.repack_run(rows, width, most_significant_first, bits, planes)
+    else:
+        pack_planes(bit_run(rows, width, most_significant_first), bits, out=planes)
+
+
 def stored_codebook(values: Tensor, scaled: bool) -> Tensor:
     """The codebook of a `ct`, or of a `ct_scaled` (divided by sqrt(128)): float32 (2**bits,).
 
@@ -57,9 +67,9 @@ def stored_codebook(values: Tensor, scaled: bool) -> Tensor:
     if not bool((codebook.diff() > 0).all()):
         raise CheckpointError("is a codebook that is not ascending")
     bits = codebook.numel().bit_length() - 1
-    for known in (published_codebook, packing_codebook):
-        if torch.allclose(codebook, known(bits), rtol=_FLOAT32_ROUNDING, atol=0):
-            return known(bits)
+    for known in (published_codebook(bits), packing_codebook(bits)):
+        if bool(((codebook - known).abs() <= _FLOAT32_ROUNDING * known.abs()).all()):
+            return known
     return codebook
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from common.errors import CheckpointError
 from common.hlwq.matrix import PackedMatrix
 
+_INFINITY = 0x7C00  # in float16
+
 
 def is_finite(weights: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
@@ -23,6 +25,12 @@ def is_finite(weights: Tensor) -> bool:
 
 def are_norms(norms: Tensor) -> bool:
     """Whether every value can be the norm of a block."""
+    if norms.dtype is torch.float16:
+        # As integers those from 0 up to the largest are all below infinity, and no other value is among them
+        # but -0: half the time.
+        lowest, highest = torch.aminmax(norms.view(torch.int16))
+        if lowest >= 0:
+            return bool(highest < _INFINITY)
     return bool(((norms >= 0) & (norms < math.inf)).all())  # false for NaN as well
 
 

@@ -204,6 +204,15 @@ def unpack_run(rows: Tensor, bits: int, most_significant_first: bool) -> Tensor:
     return codes
 
 
+def repack_run(
+    rows: Tensor, width: int, most_significant_first: bool, bits: int, planes: Sequence[Tensor]
+) -> None:
+    """Rows of whole blocks of codes of `width` bits into planes of `bits`, which hold them."""
+    rows = rows.contiguous()
+    blocks = rows.numel() // (16 * width)
+    call("hlwq_repack_run", rows.data_ptr(), blocks, width, most_significant_first, bits, _pointers(planes))
+
+
 def quantize(
     weight: Tensor, nearest: NearestCentroid, shares: Sequence[float]
 ) -> tuple[Tensor, Tensor] | None:
@@ -282,6 +291,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hlwq_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_unpack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_unpack_run": (None, [c_void_p, c_int64, c_int64, c_int32, c_void_p]),
+    "hlwq_repack_run": (None, [c_void_p, c_int64, c_int64, c_int32, c_int64, c_void_p]),
     "hlwq_hadamard": (None, [c_void_p, c_int64]),
     "hlwq_quantize": (
         c_int32,

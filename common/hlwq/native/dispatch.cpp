@@ -187,6 +187,20 @@ void hlwq_unpack_run(const uint8_t* run, int64_t groups, int64_t bits, int32_t m
     });
 }
 
+void hlwq_repack_run(const uint8_t* run, int64_t blocks, int64_t width, int32_t most_significant_first, int64_t bits,
+                     uint8_t* const* planes) {
+    constexpr int64_t kEights = kBlock / 8;
+    pieces(blocks, 1024, [&](int64_t first, int64_t last) {
+        uint8_t codes[kBlock];
+        for (int64_t block = first; block < last; block++) {
+            kUnpackEights[width](run + block * kEights * width, kEights, most_significant_first, codes);
+            each_plane(bits, [&](int number, auto plane) {
+                plane.pack(codes, planes[number] + block * plane.kBytes);
+            });
+        }
+    });
+}
+
 void hlwq_hadamard(float* x, int64_t blocks) {
     const Path& kernels = path();
     pieces(blocks, 256, [&](int64_t first, int64_t last) {

@@ -30,6 +30,10 @@ void hlwq_unpack(const uint8_t* const* planes, int64_t rows, int64_t columns, in
 // significant bit first (the published packed layouts).
 void hlwq_unpack_run(const uint8_t* run, int64_t groups, int64_t bits, int32_t most_significant_first, uint8_t* codes);
 
+// The same codes, of `width` bits, of whole blocks, to planes of `bits` bits: none may be out of their range.
+void hlwq_repack_run(const uint8_t* run, int64_t blocks, int64_t width, int32_t most_significant_first, int64_t bits,
+                     uint8_t* const* planes);
+
 // H applied to each block of 128 of x, in place.
 void hlwq_hadamard(float* x, int64_t blocks);
 

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.checkpoint.published_codes import bit_run, bits_of, extended, nibbles, stored_codebook
+from common.checkpoint.published_codes import bit_run, bits_of, extended, nibbles, repacked, stored_codebook
 from common.errors import CheckpointError
 from common.hlwq import native
 from common.hlwq.codebook import packing_codebook, published_codebook
+from common.hlwq.planes import BLOCK, empty_planes, pack_planes
 
 
 @pytest.mark.parametrize("kernels", [native.path(), native.PLAIN])
@@ -23,6 +24,21 @@ def test_bit_runs_in_both_orders(kernels: str, bits: int, rows: int, blocks: int
         assert np.array_equal(bit_run(packed, bits, most_significant_first=False).numpy(), codes)
         packed = torch.from_numpy(np.packbits(most, axis=1))
         assert np.array_equal(bit_run(packed, bits, most_significant_first=True).numpy(), codes)
+
+
+@pytest.mark.parametrize("most_significant_first", [False, True])
+@pytest.mark.parametrize(("width", "bits"), [(2, 2), (3, 3), (3, 5), (4, 4), (5, 5), (5, 8), (6, 6), (7, 8)])
+def test_runs_go_straight_into_planes(width: int, bits: int, most_significant_first: bool) -> None:
+    """Also into wider ones; rows beside them are left as they are."""
+    run = torch.randint(0, 256, (6, 3 * 16 * width), dtype=torch.uint8)
+    with native.forced(native.PLAIN):
+        expected = pack_planes(bit_run(run, width, most_significant_first), bits)
+    planes = empty_planes(8, 3 * BLOCK, bits)
+    for plane in planes:
+        plane.fill_(77)
+    repacked(run, width, most_significant_first, bits, tuple(plane[1:7] for plane in planes))
+    for plane, right in zip(planes, expected, strict=True):
+        assert torch.equal(plane[1:7], right) and (plane[[0, 7]] == 77).all()
 
 
 def test_nibbles_are_the_halves_of_a_block() -> None:

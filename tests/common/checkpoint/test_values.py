@@ -14,7 +14,7 @@ from common.checkpoint.packed_writer import pack
 from common.checkpoint.plan import make_plan
 from common.checkpoint.unpack_layouts import LAYOUTS
 from common.checkpoint.unpacking import unpack
-from common.checkpoint.values import check_values
+from common.checkpoint.values import are_norms, check_values
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
 from common.hlwq.codebook import packing_codebook
@@ -124,3 +124,17 @@ def test_sound_matrices_pass(bits: int) -> None:
     weight = torch.randn(9, 200, generator=torch.Generator().manual_seed(bits))
     weight[3] = 0
     check_values(pack_matrix(weight, bits, None if bits == 16 else packing_codebook(bits), fit_norms=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("value", "right"),
+    [
+        (0.0, True), (-0.0, True), (6e-8, True), (65504.0, True), (-6e-8, False), (-1.0, False),
+        (math.inf, False), (-math.inf, False), (math.nan, False), (-math.nan, False),
+    ],
+)  # fmt: skip
+def test_norms_are_finite_and_not_negative(dtype: torch.dtype, value: float, right: bool) -> None:
+    """Beside the smallest and the largest that there are, and alone."""
+    among = torch.tensor([0.0, 1.0, value, 65504.0], dtype=dtype)
+    assert are_norms(among) == are_norms(among[2:3]) == right
