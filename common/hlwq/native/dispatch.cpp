@@ -9,6 +9,10 @@
 #include "path.h"
 #include "pool.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace hlwq {
 namespace {
 
@@ -104,42 +108,7 @@ inline void each_plane(int64_t bits, const F& f) {
     }
 }
 
-// COUNT bytes, little-endian, as two loads that may overlap: a copy of an odd number of bytes would be put together
-// in memory and waited for.
-template <int COUNT>
-inline uint64_t read_bytes(const uint8_t* bytes) {
-    constexpr int size = COUNT >= 4 ? 4 : COUNT >= 2 ? 2 : 1, second = COUNT - size;
-    uint32_t low = 0, high = 0;
-    std::memcpy(&low, bytes, size);
-    std::memcpy(&high, bytes + second, size);
-    return low | uint64_t(high) << 8 * second;
-}
-
-// Eight fields of BITS bits, the first one lowest, to a byte each: halves move apart, then quarters, then eighths.
-template <int BITS>
-inline uint64_t spread(uint64_t word) {
-    constexpr uint64_t four = (uint64_t(1) << 4 * BITS) - 1, two = ((uint64_t(1) << 2 * BITS) - 1) * 0x100000001,
-                       one = ((uint64_t(1) << BITS) - 1) * 0x1000100010001;
-    word = (word & four) | (word >> 4 * BITS & four) << 32;
-    word = (word & two) | (word >> 2 * BITS & two) << 16;
-    return (word & one) | (word >> BITS & one) << 8;
-}
-
-template <int BITS>
-void unpack_eights(const uint8_t* run, int64_t groups, bool most_significant_first, uint8_t* codes) {
-    for (int64_t group = 0; group < groups; group++) {
-        uint64_t word = read_bytes<BITS>(run + group * BITS);
-        if (most_significant_first) word = __builtin_bswap64(word) >> (64 - 8 * BITS);
-        word = spread<BITS>(word);
-        if (most_significant_first) word = __builtin_bswap64(word);
-        std::memcpy(codes + group * 8, &word, 8);
-    }
-}
-
-constexpr decltype(&unpack_eights<1>) kUnpackEights[] = {
-    nullptr,          unpack_eights<1>, unpack_eights<2>, unpack_eights<3>, unpack_eights<4>,
-    unpack_eights<5>, unpack_eights<6>, unpack_eights<7>, unpack_eights<8>,
-};
+#include "code_run.inc"
 
 }  // namespace
 
@@ -183,17 +152,18 @@ void hlwq_unpack(const uint8_t* const* planes, int64_t rows, int64_t columns, in
 
 void hlwq_unpack_run(const uint8_t* run, int64_t groups, int64_t bits, int32_t most_significant_first, uint8_t* codes) {
     pieces(groups, 16384, [&](int64_t first, int64_t last) {
-        kUnpackEights[bits](run + first * bits, last - first, most_significant_first, codes + first * 8);
+        kUnpack[bits](run + first * bits, run + groups * bits, last - first, most_significant_first, codes + first * 8);
     });
 }
 
 void hlwq_repack_run(const uint8_t* run, int64_t blocks, int64_t width, int32_t most_significant_first, int64_t bits,
                      uint8_t* const* planes) {
     constexpr int64_t kEights = kBlock / 8;
+    const uint8_t* end = run + blocks * kEights * width;
     pieces(blocks, 1024, [&](int64_t first, int64_t last) {
         uint8_t codes[kBlock];
         for (int64_t block = first; block < last; block++) {
-            kUnpackEights[width](run + block * kEights * width, kEights, most_significant_first, codes);
+            kUnpack[width](run + block * kEights * width, end, kEights, most_significant_first, codes);
             each_plane(bits, [&](int number, auto plane) {
                 plane.pack(codes, planes[number] + block * plane.kBytes);
             });

@@ -12,8 +12,13 @@ from common.hlwq import native
 from common.hlwq.codebook import packing_codebook, published_codebook
 from common.hlwq.planes import BLOCK, empty_planes, pack_planes
 
+# The path in use, the one that every processor has, and the twins; without a compiler only these.
+KERNELS = [*dict.fromkeys([native.path(), "portable", native.PLAIN])]
+if native.path() == native.PLAIN:
+    KERNELS = [native.PLAIN]
 
-@pytest.mark.parametrize("kernels", [native.path(), native.PLAIN])
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @given(bits=st.integers(1, 8), rows=st.integers(1, 4), blocks=st.integers(1, 3), seed=st.integers(0, 99))
 def test_bit_runs_in_both_orders(kernels: str, bits: int, rows: int, blocks: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (rows, blocks * 128), dtype=np.uint8)
@@ -26,9 +31,12 @@ def test_bit_runs_in_both_orders(kernels: str, bits: int, rows: int, blocks: int
         assert np.array_equal(bit_run(packed, bits, most_significant_first=True).numpy(), codes)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("most_significant_first", [False, True])
 @pytest.mark.parametrize(("width", "bits"), [(2, 2), (3, 3), (3, 5), (4, 4), (5, 5), (5, 8), (6, 6), (7, 8)])
-def test_runs_go_straight_into_planes(width: int, bits: int, most_significant_first: bool) -> None:
+def test_runs_go_straight_into_planes(
+    width: int, bits: int, most_significant_first: bool, kernels: str
+) -> None:
     """Also into wider ones; rows beside them are left as they are."""
     run = torch.randint(0, 256, (6, 3 * 16 * width), dtype=torch.uint8)
     with native.forced(native.PLAIN):
@@ -36,7 +44,8 @@ def test_runs_go_straight_into_planes(width: int, bits: int, most_significant_fi
     planes = empty_planes(8, 3 * BLOCK, bits)
     for plane in planes:
         plane.fill_(77)
-    repacked(run, width, most_significant_first, bits, tuple(plane[1:7] for plane in planes))
+    with native.forced(kernels):
+        repacked(run, width, most_significant_first, bits, tuple(plane[1:7] for plane in planes))
     for plane, right in zip(planes, expected, strict=True):
         assert torch.equal(plane[1:7], right) and (plane[[0, 7]] == 77).all()
 
