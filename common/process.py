@@ -176,9 +176,11 @@ def _on_loop_exception(service: Service, loop: asyncio.AbstractEventLoop, contex
 
 
 def _stop_once(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
-    # The default actions are back for an impatient second one, of whichever kind.
+    # An impatient second one, of whichever kind, is the system's. Python's own action for SIGINT would raise
+    # KeyboardInterrupt wherever the loop is, and gRPC's callbacks swallow what is raised in them.
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
     stop()
 
 
