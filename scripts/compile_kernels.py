@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from common.hlwq.planes import BLOCK, PLANE_WIDTHS, padded
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+from gpu_kernels import random_weights
+
 from common.model_config import ModelConfig
 from common.record import ExpertBits, RecordLayouts, record_layouts
 from expert_store.synth.shapes import NEMOTRON_30B, config_json
@@ -29,6 +33,7 @@ PATTERN = "MEME*E"  # two layers after the first: these are guessed for
 MULTIPROCESSORS = 108
 
 compiled: set[Any] = set()
+launch = JITFunction.run
 
 
 def main() -> None:
@@ -45,7 +50,7 @@ def main() -> None:
     for capability in args.capabilities:
         only_compile(capability)
         compiled.clear()
-        weights = empty_weights(config)
+        weights = random_weights(config, torch.device("cpu"))
         decode_steps(config, weights, layouts, rows=(1,) if args.steps_only else (1, 4))
         if not args.steps_only:
             prompts(config, weights, layouts)
@@ -54,6 +59,8 @@ def main() -> None:
 
 def only_compile(capability: int) -> None:
     """From now on, for GPUs of this compute capability."""
+    from gpu_worker.cuda.kernels.overlap import overlapping
+
     target = GPUTarget("cuda", capability, 32)
     driver.set_active(
         SimpleNamespace(
@@ -62,7 +69,6 @@ def only_compile(capability: int) -> None:
             get_current_stream=lambda device: 0,
         )
     )
-    launch = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
@@ -71,6 +77,7 @@ def only_compile(capability: int) -> None:
 
     JITFunction.run = run
     torch.cuda.get_device_capability = lambda *device: divmod(capability, 10)
+    overlapping.cache_clear()  # it knew of the last one
     torch.cuda.get_device_properties = lambda *device: SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
 
 
@@ -129,26 +136,6 @@ def prompts(config: ModelConfig, weights: Any, layouts: RecordLayouts) -> None:
     model = NemotronH(config, weights, experts, PROMPT_KERNELS)  # type: ignore[arg-type]
     for tokens in (20, 300):
         model.prefill(torch.zeros(tokens, dtype=torch.int64), 0, pools, 0)
-
-
-def empty_weights(config: ModelConfig) -> Any:
-    """Dense ones, packed where they can be."""
-    from common.checkpoint.names import dense_shapes, packable_dense
-    from common.hlwq.matrix import PackedMatrix
-    from gpu_worker.model.weights import build_weights
-
-    def packed(rows: int, columns: int) -> PackedMatrix:
-        blocks = padded(columns) // BLOCK
-        planes = [torch.zeros(rows, blocks * 16 * width, dtype=torch.uint8) for width in PLANE_WIDTHS[BITS]]
-        norms = torch.zeros(rows, blocks, dtype=torch.float16)
-        return PackedMatrix(BITS, columns, tuple(planes), norms, torch.zeros(1 << BITS))
-
-    packable = set(packable_dense(config))
-    dense = {
-        name: packed(*shape) if name in packable else torch.zeros(shape, dtype=torch.bfloat16)
-        for name, shape in dense_shapes(config).items()
-    }
-    return build_weights(dense, config, torch.bfloat16, torch.device("cpu"))
 
 
 if __name__ == "__main__":

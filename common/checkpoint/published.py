@@ -76,7 +76,7 @@ class PublishedMatrix:
                 repacked(stored, width, self.form.layout == HLWQ, bits, target)
                 continue
             codes = self._unpack(stored)
-            if self.bits < self.form.width and int(codes.max()) >= 1 << self.bits:
+            if self.bits < width and int(codes.max()) >= 1 << self.bits:
                 raise self.form.codes.refusal(
                     f"holds code {int(codes.max())}, out of range for codes of {self.bits} bits"
                 )

@@ -93,7 +93,7 @@ class PromptExperts:
                 kernel(prepared, addresses[part], chosen[part], expected.positions, k, products)
 
         pool, settling = self._cache.pool[layer], _settling(residents[0], missing, spans)
-        # Views of a hundred slots would take the host longer than the rest of a layer, which waits meanwhile.
+        # By address: views of a hundred slots take the host 0.1 ms more, and the device waits meanwhile.
         start, stride = pool.data_ptr(), pool.stride(0)
         compute(resident, [start + slot_of[expert] * stride for expert in resident])
         for wave in self._ring.waves(keys):

@@ -58,13 +58,17 @@ class StepSizes:
 
     def _next(self, sizes: Sequence[int]) -> int:
         """The largest that is to be measured, or else the one that takes the least for a sequence."""
-        fastest = min(reversed(sizes), key=self._share)
+        fastest = self._fastest(sizes)
         for size in reversed(sizes):
             known = self._sizes[size]
             if not known.believed or (size != fastest and known.rounds >= _RETRY):
                 known.rounds = 0
                 return size
         return fastest
+
+    def _fastest(self, sizes: Sequence[int]) -> int:
+        """Of equals, the largest."""
+        return min(reversed(sizes), key=self._share)
 
     def _share(self, size: int) -> float:
         """Seconds of a step for each of its sequences."""
@@ -80,7 +84,7 @@ class StepSizes:
         """Of a size that is the fastest from now on, once all are known."""
         if not all(size.believed for size in self._sizes.values()):
             return
-        fastest = min(reversed(list(self._sizes)), key=self._share)
+        fastest = self._fastest(list(self._sizes))
         if fastest != self._told:
             self._told = fastest
             shares = ", ".join(f"{1e3 * self._share(size):.2f} ms of {size}" for size in self._sizes)
