@@ -89,7 +89,7 @@ def test_what_does_not_finish_in_time_is_handed_back(start: Callable[..., LocalW
     assert worker.join() == 0
     assert 0.3 <= time.monotonic() - started < 10
     queued.join(20)
-    assert "tried again for 0." in told[0]  # and there was no other worker
+    assert "tried again for" in told[0]  # and there was no other worker
 
 
 def test_a_failure_while_draining_ends_the_worker(start: Callable[..., LocalWorker]) -> None:
