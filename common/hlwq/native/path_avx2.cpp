@@ -271,6 +271,7 @@ struct WordLookup<8, SPLIT> : WordGather<8> {
 [[gnu::always_inline]] inline void keep(Vec& value) { asm("" : "+x"(value)); }
 [[gnu::always_inline]] inline void pin(Vec& value) { asm volatile("" : "+x"(value)); }
 
+#define HLWQ_SMALL_NEAREST "nearest_avx2.inc"
 #include "path.inc"
 #include "device_order.inc"
 

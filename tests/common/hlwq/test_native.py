@@ -22,7 +22,7 @@ from common.hlwq.codebook import converged_codebook, packing_codebook
 from common.hlwq.hadamard import hadamard_matrix, hadamard_transform
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, PLANE_WIDTHS, empty_planes, pack_planes, padded, unpack_planes
-from common.hlwq.quantize import pack_matrix
+from common.hlwq.quantize import pack_matrix, quantize
 from gpu_worker.kernels.expert_mlp import combine
 from tests.helpers.native_paths import forced_or_skipped
 
@@ -178,6 +178,17 @@ def test_quantize_any_shape(
     if not fit_norms:
         assert int((ours.codes() != plain.codes()).sum()) <= 1 + 1e-3 * ours.codes().numel()
         torch.testing.assert_close(ours.norms, plain.norms, rtol=2**-10, atol=0)
+
+
+@several
+@given(rows=st.integers(1, 40), columns=st.integers(1, 400), bits=st.sampled_from(list(PLANE_WIDTHS)))
+def test_every_path_finds_the_same_codes(path: str, rows: int, columns: int, bits: int) -> None:
+    """However it searches: up to its comparisons with thresholds, all do the same operations in one order."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
+    codes, norms = quantize(weight, packing_codebook(bits))
+    with native.forced("portable"):
+        expected_codes, expected_norms = quantize(weight, packing_codebook(bits))
+    assert torch.equal(codes, expected_codes) and torch.equal(norms, expected_norms)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
