@@ -7,6 +7,7 @@ when nothing says so. Which tensor holds what, and what is checked of it, is `pu
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,13 +56,18 @@ def repacked(
 
 
 def stored_codebook(values: Tensor, scaled: bool) -> Tensor:
-    """The codebook of a `ct`, or of a `ct_scaled` (divided by sqrt(128)): float32 (2**bits,).
+    """The codebook of a `ct`, or of a `ct_scaled` (divided by sqrt(128)): float32 (2**bits,), read-only.
 
     One that equals the published codebook, or that of own packs, to float32 rounding is taken to be that one,
     so that the same codes are the same weights in every layout. Raises CheckpointError unless it is finite
     and ascends.
     """
-    codebook = (values.double() * (math.sqrt(BLOCK) if scaled else 1)).float()
+    return _codebook(tuple(values.tolist()), scaled)
+
+
+@lru_cache(maxsize=256)  # thousands of matrices have the same
+def _codebook(values: tuple[float, ...], scaled: bool) -> Tensor:
+    codebook = (torch.tensor(values, dtype=torch.float64) * (math.sqrt(BLOCK) if scaled else 1)).float()
     if not bool(torch.isfinite(codebook).all()):
         raise CheckpointError("is a codebook with values that are not finite")
     if not bool((codebook.diff() > 0).all()):
