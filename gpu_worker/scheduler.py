@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -263,6 +264,7 @@ class Scheduler:
             with working_for(Origin.merged(job.origin for job in jobs)):
                 yield
         except ServingError as error:
+            _forget_locals(error)
             for job in dict.fromkeys(jobs):
                 self._end(job, error)
 
@@ -297,3 +299,12 @@ class Scheduler:
 
     def _running_jobs(self) -> list[Job]:
         return [*self._prefilling, *self._sampling]
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Of the frames that it came through. As long as somebody has the error, a lost store's arena would stay
+    mapped otherwise, and the frames of who awaits a request are in a cycle with it."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__context__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -180,6 +181,28 @@ def test_a_step_that_fails_ends_those_who_took_part(
     assert served.scheduler.failed == 2
     again = [ask(served, name) for name in "bc"]
     assert [request.tokens() for request in again] == [alone["b"], alone["c"]]
+
+
+def test_an_error_keeps_nothing_that_the_step_had(
+    served: Served, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost store's arena would stay mapped: whoever awaits the request is in a cycle with its error."""
+    had: list[weakref.ref[Any]] = []
+
+    def lost(layer: int, *args: Any) -> torch.Tensor:
+        arena = torch.zeros(1)
+        had.append(weakref.ref(arena))
+        try:
+            raise OSError("cut off")
+        except OSError:
+            raise Unavailable("the store is gone") from None
+
+    c = ask(served, "c")
+    served.at[1] = lambda: monkeypatch.setattr(served.engine.experts, "compute", lost)
+    served.scheduler.start()
+    served.wait_for(1)
+    assert isinstance(c.ending(), Unavailable) and len(had) == 1
+    assert had[0]() is None
 
 
 @pytest.fixture
