@@ -62,6 +62,11 @@ def translate(error: grpc.RpcError, peer: object) -> errors.ServingError:
         return errors.Unavailable(f"{peer} broke the call off; it may be about to end")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineExceeded(f"{peer} did not answer in full within the time given")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return errors.Incompatible(
+            f"{peer} does not know this call: an expert store where a GPU worker is meant, or the other way "
+            "round, or one of another version"
+        )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:  # gRPC's own words
         return errors.InvalidRequest(f"a message may have {MAX_MESSAGE_BYTES >> 20} MiB at most: {details}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -98,19 +103,27 @@ def channel_to(address: Address) -> Iterator[grpc.Channel]:
             raise translate(error, address) from None
 
 
-def wait_until_serving(address: Address, timeout: float, credentials: Credentials = NO_CREDENTIALS) -> None:
-    """Return as soon as the process says SERVING; Unavailable, naming what was awaited, otherwise."""
+def wait_until_serving(
+    address: Address, timeout: float, credentials: Credentials = NO_CREDENTIALS, service: str = ""
+) -> None:
+    """Return as soon as the process says SERVING; Unavailable, naming what was awaited, otherwise.
+
+    service: its full name; Incompatible where a process listens that has another.
+    """
     deadline = time.monotonic() + timeout
     seen = "nothing answers"
     with open_channel(address, credentials) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         while (left := deadline - time.monotonic()) > 0:
             try:
-                status = stub.Check(health_pb2.HealthCheckRequest(), timeout=min(left, 2.0)).status
+                request = health_pb2.HealthCheckRequest(service=service)
+                status = stub.Check(request, timeout=min(left, 2.0)).status
                 if status == health_pb2.HealthCheckResponse.SERVING:
                     return
                 seen = "it is there, but not ready"
-            except grpc.RpcError:
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    raise errors.Incompatible(f"what listens on {address} is no {service}") from None
                 seen = "nothing answers"
             time.sleep(min(0.05, max(left, 0)))
     raise errors.Unavailable(f"{address} was not ready within {timeout:g} s: {seen}")

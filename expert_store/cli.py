@@ -68,7 +68,8 @@ def wait(
     timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.")] = 60.0,
 ) -> None:
     """Return as soon as the store is ready to serve; fail after --timeout."""
-    wait_until_serving(Address.of_option(store, "store"), timeout)
+    service = pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name
+    wait_until_serving(Address.of_option(store, "store"), timeout, service=service)
 
 
 @app.command()

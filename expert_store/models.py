@@ -105,7 +105,13 @@ def _packed_copy(location: ModelLocation, bits: int | None, console: Console) ->
     described = f"{source.identity} {plan} {RECORD_FORMAT} {VERSION}"
     key = hashlib.sha256(described.encode()).hexdigest()[:16]
     destination = cache_directory() / "packed" / f"{location.name}-{key}"
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the directory for packed copies {destination.parent}: {error.strerror}; "
+            "EXPERT_SERVING_CACHE names another place"
+        ) from None
     with _locked(destination.with_name(destination.name + ".lock"), console):
         if not destination.exists():
             with progress_bar(console, f"packing {location.name} at {plan.describe()}") as progress:

@@ -20,6 +20,7 @@ from common.process import configure_process, run_command, run_service
 from common.process_config import ADDRESS_HELP
 from gpu_worker import generate_cli, key_cli
 from gpu_worker.client import WorkerClient
+from gpu_worker.client.requests import SERVICE
 from gpu_worker.config import WorkerConfig
 from gpu_worker.gateway import cli as gateway_cli
 from gpu_worker.printing import stats_table
@@ -69,7 +70,8 @@ def wait(
     timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.")] = 60.0,
 ) -> None:
     """Return as soon as the worker is ready to serve; fail after --timeout."""
-    wait_until_serving(Address.of_option(worker, "worker"), timeout, Credentials.of_environment())
+    address = Address.of_option(worker, "worker")
+    wait_until_serving(address, timeout, Credentials.of_environment(), SERVICE)
 
 
 @app.command()

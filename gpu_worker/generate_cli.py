@@ -176,8 +176,18 @@ def _prompt(prompt: str | None, token_ids: str | None, chat: bool) -> Prompt:
             raise typer.BadParameter("--chat takes a PROMPT, not --token-ids")
         return _parse_ids(token_ids)
     assert prompt is not None
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _as_utf8(prompt)
     return [{"role": "user", "content": text}] if chat else text
+
+
+def _as_utf8(prompt: str) -> str:
+    """It, or what standard input has for `-`."""
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()  # bytes that no terminal's encoding has come as surrogates
+    except UnicodeError as error:
+        raise InvalidRequest(f"the prompt is not UTF-8: {error}") from None
+    return text
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -38,12 +38,16 @@ _LOGIT_ROWS = 128  # scored at a time: logits of a whole chunk take more memory 
 MOST_SCORED = 1 << 20  # tokens of one text: all of them are in memory until it ends
 
 
-def check_length(count: int, max_context: int) -> None:
-    """Raises InvalidRequest for a prompt that the model cannot read and still answer."""
+def check_length(count: int, max_context: int, longest: int) -> None:
+    """Raises InvalidRequest for a prompt that the model cannot read and still answer.
+
+    longest: what the model takes, where the worker may have been started with less.
+    """
     if count > max_context:
+        larger = ", or start the worker with a larger --max-context" if max_context < longest else ""
         raise InvalidRequest(
             f"the prompt has {count} tokens; this worker's context takes at most {max_context}: "
-            "shorten it, or start the worker with a larger --max-context"
+            f"shorten it{larger}"
         )
 
 

@@ -27,6 +27,7 @@ from gpu_worker.lifecycle import SERVING, Lifecycle
 from gpu_worker.loading import ServedModel, load_model
 from gpu_worker.scheduler import Scheduler
 from gpu_worker.service import GenerationService
+from gpu_worker.sizing import resolve_device
 from gpu_worker.store_link import Attachment, StoreLink
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Worker:
         await self._rpc.start(pb.DESCRIPTOR.services_by_name["GpuWorker"].full_name)
         if self.config.metrics is not None:
             self._page = MetricsPage(self.config.metrics, self._service.metrics.registry)
+        resolve_device(self.config)  # what cannot be should not first wait for a store
         attachment = await self.link.attach(ATTACH_TIMEOUT)
         self.life.doing = "it loads its model"
         self._tasks.append(watch(asyncio.create_task(self.link.keep()), self.fail))

@@ -196,10 +196,11 @@ class GenerationService(GpuWorkerServicer):
     async def _generation(self, request: pb.GenerateRequest, outbox: Outbox) -> Generation:
         check_version(request.protocol_version)
         model = self.model
-        check_length(len(request.token_ids.ids), model.max_context)  # before anything is done with them
+        most, longest = model.max_context, model.config.max_position_embeddings
+        check_length(len(request.token_ids.ids), most, longest)  # before anything is done with them
         # In a thread: a book takes seconds.
-        prompt = await asyncio.to_thread(prompt_tokens, request, model.tokenizer, model.max_context)
-        check_length(len(prompt), model.max_context)
+        prompt = await asyncio.to_thread(prompt_tokens, request, model.tokenizer, most)
+        check_length(len(prompt), most, longest)
         check_vocabulary(prompt, model.config.vocab_size)
         samples = samples_of(request)
         params = sampling_params(request.sampling, samples)

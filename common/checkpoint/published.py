@@ -116,7 +116,7 @@ class PublishedMatrix:
                 codebooks.append(extended(stored_codebook(place.tensor(), part == "ct_scaled"), bits))
             except CheckpointError as error:
                 raise place.refusal(str(error)) from None
-        if len(codebooks) > 1 and not torch.allclose(*codebooks, rtol=1e-6, atol=0):
+        if len(codebooks) > 1 and not torch.allclose(codebooks[0], codebooks[1], rtol=1e-6, atol=0):
             first, second = self.form.codebooks.values()
             raise first.refusal(f"and {second.name} are different codebooks of one matrix")
         return codebooks[0]

@@ -1,6 +1,6 @@
 """Python clients of a GPU worker: what the command line and the gateway use, and anyone may.
 
-    with WorkerClient(Address.default("worker")) as client:
+    with WorkerClient() as client:
         for event in client.generate("def fibonacci(", max_new_tokens=64):
             print(event.delta.text, end="")
 

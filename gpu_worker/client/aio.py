@@ -18,12 +18,14 @@ from common.grpc_client import open_async_channel, translate
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerStub
 from gpu_worker.client.requests import (
+    HEALTH_CHECK,
     SHORT_CALL,
     Metadata,
     Prompt,
     generate_request,
     metadata,
     score_request,
+    worker_address,
 )
 from gpu_worker.client.results import Answers, Generated
 from gpu_worker.client.retries import RETRY_FOR, Attempts
@@ -33,13 +35,17 @@ class AsyncWorkerClient:
     """One channel to one worker, made and used on one event loop. Not for use after `close`."""
 
     def __init__(
-        self, address: Address, *, retry_for: float = RETRY_FOR, credentials: Credentials | None = None
+        self,
+        address: Address | str | None = None,
+        *,
+        retry_for: float = RETRY_FOR,
+        credentials: Credentials | None = None,
     ) -> None:
-        """`retry_for` as for `WorkerClient`."""
-        self.address = address
+        """As for `WorkerClient`."""
+        self.address = worker_address(address)
         self._retry_for = retry_for
         self._credentials = credentials or Credentials.of_environment()
-        self._channel = open_async_channel(address, self._credentials)
+        self._channel = open_async_channel(self.address, self._credentials)
         self._stub = GpuWorkerStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -96,7 +102,7 @@ class AsyncWorkerClient:
     async def serving(self) -> bool:
         """As `WorkerClient.serving`."""
         try:
-            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=SHORT_CALL)
+            reply = await self._health.Check(HEALTH_CHECK, timeout=SHORT_CALL)
         except grpc.RpcError:
             return False
         return reply.status == health_pb2.HealthCheckResponse.SERVING

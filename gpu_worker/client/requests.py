@@ -6,17 +6,27 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+
 from common import origin
+from common.addresses import Address
 from common.credentials import Credentials
 from common.key_usage import TOGETHER
 from common.messages import PROTOCOL_VERSION
 from common.rpc import gpu_worker_pb2 as pb
 
 SHORT_CALL = 10.0  # seconds, for calls that only tell something
+SERVICE = pb.DESCRIPTOR.services_by_name["GpuWorker"].full_name
+HEALTH_CHECK = HealthCheckRequest(service=SERVICE)  # a store, too, is healthy
 
 Metadata = list[tuple[str, str]]
 Message = Mapping[str, Any]  # role, content, and whatever else the chat template reads
 Prompt = str | Sequence[int] | Sequence[Message] | pb.Chat
+
+
+def worker_address(address: Address | str | None) -> Address:
+    """As given, as the command line takes it, or the default."""
+    return address if isinstance(address, Address) else Address.of_option(address, "worker")
 
 
 def generate_request(

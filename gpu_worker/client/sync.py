@@ -16,12 +16,14 @@ from common.grpc_client import open_channel, translate
 from common.rpc import gpu_worker_pb2 as pb
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerStub
 from gpu_worker.client.requests import (
+    HEALTH_CHECK,
     SHORT_CALL,
     Metadata,
     Prompt,
     generate_request,
     metadata,
     score_request,
+    worker_address,
 )
 from gpu_worker.client.results import Answers, Generated
 from gpu_worker.client.retries import RETRY_FOR, Attempts
@@ -31,15 +33,19 @@ class WorkerClient:
     """One channel to one worker, for any number of threads. Not for use after `close`."""
 
     def __init__(
-        self, address: Address, *, retry_for: float = RETRY_FOR, credentials: Credentials | None = None
+        self,
+        address: Address | str | None = None,
+        *,
+        retry_for: float = RETRY_FOR,
+        credentials: Credentials | None = None,
     ) -> None:
-        """`retry_for`: seconds within which a call that has produced nothing is made again when the worker
-        is not there, is about to end, or has said when the key may ask again; 0: never. `credentials`: by
-        default, those of the environment."""
-        self.address = address
+        """`address`: `HOST:PORT` or `unix:PATH`; by default, this user's worker. `retry_for`: seconds within
+        which a call that has produced nothing is made again when the worker is not there, is about to end, or
+        has said when the key may ask again; 0: never. `credentials`: by default, those of the environment."""
+        self.address = worker_address(address)
         self._retry_for = retry_for
         self._credentials = credentials or Credentials.of_environment()
-        self._channel = open_channel(address, self._credentials)
+        self._channel = open_channel(self.address, self._credentials)
         self._stub = GpuWorkerStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -95,7 +101,7 @@ class WorkerClient:
     def serving(self) -> bool:
         """Whether the worker takes requests: it is there, has loaded its model, and is not about to end."""
         try:
-            reply = self._health.Check(health_pb2.HealthCheckRequest(), timeout=SHORT_CALL)
+            reply = self._health.Check(HEALTH_CHECK, timeout=SHORT_CALL)
         except grpc.RpcError:
             return False
         return reply.status == health_pb2.HealthCheckResponse.SERVING

@@ -119,6 +119,12 @@ def test_failed_packing_leaves_no_copy(model: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
+def test_a_cache_that_cannot_be_made(model: Path, cache: Path) -> None:
+    cache.touch()
+    with pytest.raises(ConfigError, match=r"packed copies .*: Not a directory; EXPERT_SERVING_CACHE names"):
+        resolve(model)
+
+
 def test_demo(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo is package data; a directory that happens to be called so does not hide it."""
     monkeypatch.setattr(models, "files", lambda package: tmp_path / package)

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from common.errors import InvalidRequest
 from gpu_worker.engine import Engine
+from gpu_worker.jobs import check_length
 from gpu_worker.prefix_cache.cuts import CutLaw
 from tests.helpers.engines import full_arena, load
 from tests.helpers.models import make_hf_model, pack_model
@@ -18,6 +20,15 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     directory = tmp_path_factory.mktemp("model")
     with full_arena(pack_model(make_hf_model(directory / "hf"), directory / "packed")) as link:
         yield load(link, max_sequences=2, prefix_cache=0).engine
+
+
+def test_a_larger_context_is_advised_where_the_model_has_one() -> None:
+    with pytest.raises(
+        InvalidRequest, match="at most 8: shorten it, or start the worker with a larger --max"
+    ):
+        check_length(9, 8, 16)
+    with pytest.raises(InvalidRequest, match=r"at most 8: shorten it$"):
+        check_length(9, 8, 8)
 
 
 def test_a_token_is_streamed_while_the_next_is_computed(

@@ -15,7 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from common.api_keys import add_key
 from common.credentials import Credentials
 from common.errors import DeadlineExceeded, Exhausted, Incompatible, InvalidRequest, PermissionDenied
+from common.grpc_client import channel_to, wait_until_serving
+from common.rpc import expert_store_pb2 as store_pb
 from common.rpc import gpu_worker_pb2 as pb
+from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
 from common.rpc.gpu_worker_pb2_grpc import GpuWorkerStub
 from gpu_worker import jobs, outbox
 from gpu_worker.client import WorkerClient, chat
@@ -141,7 +144,11 @@ def test_a_request_has_an_id(worker: LocalWorker, given: str | None) -> None:
     [
         ([], {}, "the prompt is empty"),
         ([96], {}, "token id 96 is outside the vocabulary of 96"),
-        ([1] * 512 + [96], {}, "the prompt has 513 tokens; this worker's context takes at most 512"),
+        (
+            [1] * 512 + [96],
+            {},
+            r"has 513 tokens; this worker's context takes at most 512: shorten it$",
+        ),
         ("text", {}, "has no tokenizer; send token ids"),
         (chat([{"role": "user", "content": "hi"}]), {}, "has no tokenizer; send token ids"),
         ([1], {"samples": 129}, "samples must be at most 128, not 129"),
@@ -231,6 +238,29 @@ def test_health_is_told_by_the_services_name_too(worker: LocalWorker) -> None:
         for name in ("", "expert_serving.v1.GpuWorker"):
             reply = stub.Check(health_pb2.HealthCheckRequest(service=name))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_process_of_the_other_kind_is_told_apart(worker: LocalWorker) -> None:
+    """A store is asked as a worker in a mistaken configuration; here, a worker as a store."""
+    store = "expert_serving.v1.ExpertStore"
+    with pytest.raises(Incompatible, match=f"is no {store}"):
+        wait_until_serving(worker.address, 10, service=store)
+    with (
+        pytest.raises(Incompatible, match="does not know this call: an expert store where a GPU worker"),
+        channel_to(worker.address) as channel,
+    ):
+        ExpertStoreStub(channel).Stats(store_pb.StoreStatsRequest())
+
+
+def test_clients_take_addresses_as_the_command_line_does(
+    worker: LocalWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with WorkerClient(str(worker.address)) as client:
+        assert client.serving()
+    assert worker.address.socket_path is not None
+    monkeypatch.setenv("EXPERT_SERVING_RUNTIME_DIR", str(worker.address.socket_path.parent))
+    with WorkerClient() as client:
+        assert client.serving()
 
 
 def ended(worker: LocalWorker, outcome: str) -> float:

@@ -44,6 +44,7 @@ def both_live(pair: Pair) -> Iterator[None]:
         (["--token-ids", ""], "the prompt is empty"),
         (["--token-ids", ",".join(["1"] * 513)], "513 tokens; this worker's context takes at most 512"),
         (["hello"], "no tokenizer"),
+        (["\udcff\udcfe"], "the prompt is not UTF-8"),  # as Python has bytes that are none
         (["--token-ids", "1", "--stop", "x"], "stop strings need a tokenizer"),
         (["--token-ids", "1", "--temperature", "-1"], "temperature"),
         (["--token-ids", "1", "--temperature", "nan"], "temperature"),

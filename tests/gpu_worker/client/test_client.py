@@ -244,7 +244,7 @@ def test_serving_is_what_health_says(worker: FakeWorker) -> None:
             return await client.serving()
 
     for status in (health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING):
-        worker.health.set("", status)
+        worker.health.set("expert_serving.v1.GpuWorker", status)
         expected = status == health_pb2.HealthCheckResponse.SERVING
         with WorkerClient(worker.address) as client:
             assert client.serving() is expected
