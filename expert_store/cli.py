@@ -65,7 +65,7 @@ def start(config: StoreConfig, reread: Callable[[], StoreConfig]) -> None:
 @app.command()
 def wait(
     store: StoreOption = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.", min=0)] = 60.0,
 ) -> None:
     """Return as soon as the store is ready to serve; fail after --timeout."""
     service = pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name

@@ -67,7 +67,7 @@ WorkerOption = Annotated[str | None, typer.Option("--worker", help=ADDRESS_HELP,
 @app.command()
 def wait(
     worker: WorkerOption = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait before failing.", min=0)] = 60.0,
 ) -> None:
     """Return as soon as the worker is ready to serve; fail after --timeout."""
     address = Address.of_option(worker, "worker")

@@ -54,7 +54,8 @@ def generate(
         int, typer.Option(help="More of it waits less; may be negative.", min=-(1 << 31), max=(1 << 31) - 1)
     ] = 0,
     timeout: Annotated[
-        float | None, typer.Option(help="Give up after so many seconds; default: never.", metavar="SECONDS")
+        float | None,
+        typer.Option(help="Give up after so many seconds; default: never.", metavar="SECONDS", min=0.001),
     ] = None,
     json: Annotated[bool, _JSON] = False,
 ) -> None:

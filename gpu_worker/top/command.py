@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 
 from common.addresses import Address
+from common.errors import ConfigError
 from common.process_config import ADDRESS_HELP
 from gpu_worker.client import WorkerClient
 from gpu_worker.top.polling import Polling
@@ -29,11 +30,14 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Print one frame, of half a second.")] = False,
 ) -> None:
     """Watch a worker: requests, tokens per second, hit rates, traffic, memory. Ctrl-C ends it."""
+    console = Console()
+    if not (once or console.is_terminal):
+        raise ConfigError("standard output is no terminal to watch; --once prints one frame")
     with WorkerClient(Address.of_option(worker, "worker"), retry_for=0) as client:
         if once:
-            print_frame(Polling(client, interval), Console())
+            print_frame(Polling(client, interval), console)
         else:
-            _watch(Polling(client, interval), Console(), interval)
+            _watch(Polling(client, interval), console, interval)
 
 
 def print_frame(polling: Polling, console: Console) -> None:

@@ -11,6 +11,10 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from common.errors import ConfigError
+from gpu_worker.cli import app
 from tests.helpers.workers import QuietLink, local_worker
 from tests.system.processes import SCRIPTS
 
@@ -63,3 +67,8 @@ def test_it_outlives_the_worker_and_leaves_the_terminal_as_it_was(
         terminal.expect("nothing answers")
         assert terminal.interrupt() == 0
     assert terminal.written.count(b"\x1b[?1049h") == terminal.written.count(b"\x1b[?1049l") == 1
+
+
+def test_without_a_terminal_it_names_the_way_to_one_frame() -> None:
+    result = CliRunner().invoke(app, ["top"])
+    assert isinstance(result.exception, ConfigError) and "--once prints one frame" in str(result.exception)
