@@ -110,11 +110,12 @@ def decode_steps(config: ModelConfig, weights: Any, layouts: RecordLayouts, rows
 @torch.inference_mode()
 def prompts(config: ModelConfig, weights: Any, layouts: RecordLayouts) -> None:
     """A chunk of few tokens, and one of many."""
+    from gpu_worker.cuda.kernels.expert_groups import expert_groups
     from gpu_worker.cuda.kernels.expert_products import Products, combine
     from gpu_worker.cuda.kernels.grouped_product import GroupedExperts
-    from gpu_worker.cuda.kernels.mamba2_prompt import PROMPT_KERNELS
     from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
     from gpu_worker.cuda.loading import _linears
+    from gpu_worker.cuda.prompt_kernels import PROMPT_KERNELS
     from gpu_worker.model.nemotron_h import NemotronH
     from gpu_worker.model.states import StatePools
 
@@ -123,7 +124,8 @@ def prompts(config: ModelConfig, weights: Any, layouts: RecordLayouts) -> None:
     def compute(layer: int, x: torch.Tensor, choices: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
         pairs, nothing = choices.numel(), torch.zeros_like(x)
         spans, products = [(0, 20), (20, pairs)], torch.empty(pairs, x.shape[1])
-        kernels(kernels.prepare(x), [0, 0], spans, torch.arange(pairs), choices.shape[1], products)
+        positions, _ = expert_groups(choices, config.n_routed_experts)
+        kernels(kernels.prepare(x), [0, 0], spans, positions, choices.shape[1], products)
         return combine(Products(products), of, nothing, nothing)
 
     experts = SimpleNamespace(

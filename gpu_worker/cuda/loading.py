@@ -17,8 +17,8 @@ from gpu_worker.cuda.device_slots import MAX_PAIRS, DeviceSlots
 from gpu_worker.cuda.engine import DeviceEngine
 from gpu_worker.cuda.experts import DeviceExperts
 from gpu_worker.cuda.host_lane import NO_LANE, host_lane
-from gpu_worker.cuda.kernels.mamba2_prompt import PROMPT_KERNELS
 from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
+from gpu_worker.cuda.prompt_kernels import PROMPT_KERNELS
 from gpu_worker.cuda.record_copies import RecordCopies
 from gpu_worker.model.linear import Linear
 from gpu_worker.model.nemotron_h import NemotronH

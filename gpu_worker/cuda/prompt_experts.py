@@ -19,6 +19,7 @@ from torch import Tensor
 from common.expert_key import ExpertKey
 from common.record import RecordLayouts
 from gpu_worker.cuda.device_slots import DeviceSlots
+from gpu_worker.cuda.kernels.expert_groups import expert_groups
 from gpu_worker.cuda.kernels.expert_products import Products, combine
 from gpu_worker.cuda.kernels.grouped_product import GroupedExperts, Span
 from gpu_worker.cuda.kernels.slots import ABSENT
@@ -58,9 +59,7 @@ class PromptExperts:
 
     def expect(self, layer: int, choices: Tensor) -> None:
         """`compute` will be called with these; what the host must know of them is on its way from now on."""
-        chosen, positions = choices.flatten().sort(stable=True)
-        experts = self._cache.directory.slot_of.shape[1]
-        starts = torch.searchsorted(chosen, torch.arange(experts + 1, device=chosen.device))
+        positions, starts = expert_groups(choices, self._cache.directory.slot_of.shape[1])
         residents = self._cache.directory.expert_of[layer : layer + 2]
         self._expected = _Expected(layer, positions, Download([starts, *residents]))
 

@@ -57,11 +57,13 @@ class Mamba2Kernel:
         tensors = (projected, conv, ssm)
         return native.usable(*tensors) and all(tensor.dtype == torch.float32 for tensor in tensors)
 
-    def __call__(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Tensor) -> Tensor:
+    def __call__(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Tensor | slice) -> Tensor:
         """projected (b, t, gate + convolution inputs + dt) to y (b, t, inner), before the output projection.
 
         conv (sequences, channels, kernel - 1) and ssm (sequences, heads, head_dim, state) advance at places.
         """
+        if isinstance(places, slice):
+            places = torch.arange(places.start, places.stop)
         projected, places = projected.contiguous(), places.contiguous()
         assert conv.is_contiguous() and ssm.is_contiguous()
         b, t, _ = projected.shape

@@ -21,6 +21,8 @@ from gpu_worker.model.ssd import ssd_chunk_scan, ssd_step
 from gpu_worker.model.states import PrefillStep, Step
 from gpu_worker.model.weights import Mamba2Weights
 
+Places = Tensor | slice  # of a batch's sequences in the pools
+
 SCANNED_TOKENS = 1024  # at a time, where no kernel does it: PyTorch takes 200 KB for one of the 30B
 
 
@@ -65,7 +67,7 @@ def scan_inputs(
 
 
 @dataclass(frozen=True)
-class PromptKernels:
+class MixerKernels:
     """What computes between the projections of a block: PyTorch, or others with its signatures."""
 
     inputs: Callable[..., tuple[Tensor, Tensor, Tensor]] = scan_inputs
@@ -74,7 +76,7 @@ class PromptKernels:
     tokens: int = SCANNED_TOKENS  # at a time
 
 
-PLAIN_KERNELS = PromptKernels()
+PLAIN_MIXER = MixerKernels()
 
 
 class Mamba2:
@@ -85,33 +87,32 @@ class Mamba2:
         weights: Mamba2Weights,
         config: ModelConfig,
         index: int,
-        prompts: PromptKernels = PLAIN_KERNELS,
+        kernels: MixerKernels = PLAIN_MIXER,
     ) -> None:
         self.weights, self.config, self.index = weights, config, index
-        self._prompts = prompts
+        self._kernels = kernels
         self._kernel = Mamba2Kernel(weights, config)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x (rows, hidden) to (rows, hidden); the step's states advance."""
         conv, ssm = step.pools.conv[self.index], step.pools.ssm[self.index]
         projected = self.weights.in_proj(x)
+        places: Places
         if isinstance(step, PrefillStep):
-            # Made by the device: a tensor from the host would wait for all that was launched before.
-            rows, places = projected[None], torch.arange(step.sequence, step.sequence + 1, device=x.device)
+            rows, places = projected[None], slice(step.sequence, step.sequence + 1)
         else:
             rows, places = projected[:, None], step.sequences
         scan = self._kernel if self._kernel.usable(rows, conv, ssm) else self.scan
         return self.weights.out_proj(scan(rows, conv, ssm, places).flatten(0, 1))
 
-    def scan(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Tensor) -> Tensor:
+    def scan(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Places) -> Tensor:
         """The twin of Mamba2Kernel. Some tokens at a time: states go from one part to the next."""
-        new_conv, new_ssm = (pool.index_select(0, places) for pool in (conv, ssm))
+        new_conv, new_ssm = conv[places], ssm[places]
         parts = []
-        for part in projected.split(self._prompts.tokens, dim=1):
+        for part in projected.split(self._kernels.tokens, dim=1):
             y, new_conv, new_ssm = self.mix(part, new_conv, new_ssm)
             parts.append(y)
-        conv.index_copy_(0, places, new_conv)
-        ssm.index_copy_(0, places, new_ssm)
+        conv[places], ssm[places] = new_conv, new_ssm
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def mix(self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,18 +122,18 @@ class Mamba2:
         inner, heads, groups, state = (
             config.mamba_intermediate_size, config.mamba_num_heads, config.n_groups, config.ssm_state_size
         )  # fmt: skip
-        xBC, dt, conv_state = self._prompts.inputs(projected, conv_state, w, config)
+        xBC, dt, conv_state = self._kernels.inputs(projected, conv_state, w, config)
         x, B, C = torch.split(xBC, [inner, groups * state, groups * state], dim=-1)
         x = torch.unflatten(x, -1, (heads, config.mamba_head_dim))
         B, C = (torch.unflatten(part, -1, (groups, state)) for part in (B, C))
         y, ssm_state = self._scan(x, dt, B, C, ssm_state)
         gate = projected[..., :inner]
-        y = self._prompts.norm(y.flatten(2), gate, w.norm, groups, config.layer_norm_epsilon)
+        y = self._kernels.norm(y.flatten(2), gate, w.norm, groups, config.layer_norm_epsilon)
         return y, conv_state, ssm_state
 
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         A, D = self.weights.A, self.weights.D
         if x.shape[1] > 1:
-            return self._prompts.scan(x, dt, A, B, C, D, self.config.chunk_size, state)
+            return self._kernels.scan(x, dt, A, B, C, D, self.config.chunk_size, state)
         y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
         return y[:, None], state

@@ -6,6 +6,7 @@ and hands its choices over best first: that rank order is the one in which resul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -74,8 +75,10 @@ class MoE:
         config: ModelConfig,
         layer: int,
         experts: RoutedExperts,
+        router: Callable[..., tuple[Tensor, Tensor]] = route,
     ) -> None:
-        self.weights, self.next_gate = weights, next_gate
+        """`router`: what decides, with the signature of `route`."""
+        self.weights, self.next_gate, self._router = weights, next_gate, router
         self.config, self.layer, self.experts = config, layer, experts
         self._shared = MLP(weights.shared_experts)
 
@@ -91,4 +94,4 @@ class MoE:
         return self.experts.compute(self.layer, x, choices, weights) + shared
 
     def _route(self, x: Tensor, gate: RouterWeights) -> tuple[Tensor, Tensor]:
-        return route(x, gate.weight, gate.e_score_correction_bias, self.config)
+        return self._router(x, gate.weight, gate.e_score_correction_bias, self.config)

@@ -7,21 +7,34 @@ residual stream is in the compute dtype. Callers cut prompts into chunks, own th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.model_config import ModelConfig
 from gpu_worker.model.attention import Attention
-from gpu_worker.model.mamba2 import PLAIN_KERNELS, Mamba2, PromptKernels
+from gpu_worker.model.mamba2 import PLAIN_MIXER, Mamba2, MixerKernels
 from gpu_worker.model.mlp import MLP
-from gpu_worker.model.moe import MoE, RoutedExperts
-from gpu_worker.model.norms import rms_norm
+from gpu_worker.model.moe import MoE, RoutedExperts, route
+from gpu_worker.model.norms import added_norm, rms_norm
 from gpu_worker.model.part_times import LM_HEAD, PartTimes
 from gpu_worker.model.states import DecodeStep, PrefillStep, StatePools, Step
 from gpu_worker.model.weights import AttentionWeights, Mamba2Weights, MLPWeights, ModelWeights, MoEWeights
 
 Mixer = Callable[[Tensor, Step], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelKernels:
+    """What computes beside projections, experts and attention: PyTorch, or others with its signatures."""
+
+    mixer: MixerKernels = PLAIN_MIXER
+    router: Callable[..., tuple[Tensor, Tensor]] = route
+    added_norm: Callable[..., tuple[Tensor, Tensor]] = added_norm
+
+
+PLAIN_KERNELS = ModelKernels()
 
 
 class NemotronH:
@@ -32,11 +45,13 @@ class NemotronH:
         config: ModelConfig,
         weights: ModelWeights,
         experts: RoutedExperts,
-        prompts: PromptKernels = PLAIN_KERNELS,
+        kernels: ModelKernels = PLAIN_KERNELS,
     ) -> None:
         self.config, self.weights = config, weights
         self.times = PartTimes()
-        self.blocks = list(zip(weights.blocks, _mixers(config, weights, experts, prompts), strict=True))
+        self.blocks = list(zip(weights.blocks, _mixers(config, weights, experts, kernels), strict=True))
+        self._norms = [*(block.norm for block in weights.blocks), weights.norm_f]
+        self._added_norm = kernels.added_norm
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, sequence: int, pools: StatePools, start: int | None = None) -> Tensor:
@@ -78,14 +93,15 @@ class NemotronH:
     def _run(self, tokens: Tensor, step: Step) -> Tensor:
         epsilon = self.config.layer_norm_epsilon
         hidden = self.weights.embedded(tokens)
-        for kind, (block, mixer) in zip(self.config.pattern, self.blocks, strict=True):
+        normed = rms_norm(hidden, self._norms[0], epsilon)
+        for kind, (_, mixer), norm in zip(self.config.pattern, self.blocks, self._norms[1:], strict=True):
             with self.times.spent_in(kind):
-                hidden = hidden + mixer(rms_norm(hidden, block.norm, epsilon), step)
-        return rms_norm(hidden, self.weights.norm_f, epsilon)
+                hidden, normed = self._added_norm(hidden, mixer(normed, step), norm, epsilon)
+        return normed
 
 
 def _mixers(
-    config: ModelConfig, weights: ModelWeights, experts: RoutedExperts, prompts: PromptKernels
+    config: ModelConfig, weights: ModelWeights, experts: RoutedExperts, kernels: ModelKernels
 ) -> list[Mixer]:
     """The mixers in order; each kind counts its own, because pools and layers are indexed that way."""
     gates = [block.mixer.gate for block in weights.blocks if isinstance(block.mixer, MoEWeights)]
@@ -94,12 +110,12 @@ def _mixers(
         index = config.pattern[:number].count(config.pattern[number])
         match block.mixer:
             case Mamba2Weights():
-                mixers.append(Mamba2(block.mixer, config, index, prompts))
+                mixers.append(Mamba2(block.mixer, config, index, kernels.mixer))
             case AttentionWeights():
                 mixers.append(Attention(block.mixer, config.head_dim, index))
             case MLPWeights():
                 mixers.append(MLP(block.mixer))
             case MoEWeights():
                 next_gate = gates[index + 1] if index + 1 < len(gates) else None
-                mixers.append(MoE(block.mixer, next_gate, config, index, experts))
+                mixers.append(MoE(block.mixer, next_gate, config, index, experts, kernels.router))
     return mixers

@@ -20,6 +20,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return (weight.float() * _normalised(x.float(), epsilon)).to(x.dtype)
 
 
+def added_norm(hidden: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """hidden + added (..., hidden), and the `rms_norm` of that."""
+    hidden = hidden + added
+    return hidden, rms_norm(hidden, weight, epsilon)
+
+
 def gated_group_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon: float) -> Tensor:
     """x * silu(gate), normalised in each of `groups` runs of the last axis, times weight; in x.dtype."""
     gated = torch.unflatten(x.float() * F.silu(gate.float()), -1, (groups, -1))

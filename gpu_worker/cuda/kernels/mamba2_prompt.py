@@ -13,16 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from common.model_config import ModelConfig
-from gpu_worker.cuda.kernels.mamba2_chunks import chunk_scan
 from gpu_worker.cuda.kernels.mamba2_step import softplus
-from gpu_worker.model.mamba2 import PromptKernels
 from gpu_worker.model.weights import Mamba2Weights
 
 _CHANNELS = 128  # of the convolution, a program of one warp: with eight a lane, loads wait for registers
 _AT_ONCE = 8  # tokens whose inputs are loaded together
 _ROWS = 64  # tokens a program: fewer read the taps more often, more leave multiprocessors idle
 _NORM_ROWS = 2  # tokens a program of the norm, which is one warp: several would exchange their sums
-_TOKENS = 4096  # at a time: 45 KB each for one of the 30B
+TOKENS = 4096  # at a time: 45 KB each for one of the 30B
 
 
 def scan_inputs(
@@ -57,8 +55,6 @@ def gated_group_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsil
     )  # fmt: skip
     return y
 
-
-PROMPT_KERNELS = PromptKernels(scan_inputs, chunk_scan, gated_group_norm, _TOKENS)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 

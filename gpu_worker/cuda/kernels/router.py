@@ -9,6 +9,7 @@ experts (`usable`).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,8 +76,26 @@ def routers(
         STRIDE=x.stride(0), HIDDEN=hidden, EXPERTS=count * experts,
         COLUMNS=min(_COLUMNS, triton.next_power_of_2(hidden)), num_warps=8, **overlapping(),
     )  # fmt: skip
-    _choice_kernel[(rows, count)](
-        logits, e_score_correction_bias, choices, weights,
+    _choose(logits, e_score_correction_bias, config, choices, weights)
+
+
+def prompt_router(
+    x: Tensor, weight: Tensor, e_score_correction_bias: Tensor, config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """As `gpu_worker.model.moe.route`, for any number of rows: the product is cuBLAS's."""
+    if not usable(config):
+        return route(x, weight, e_score_correction_bias, config)
+    choices = x.new_empty(1, x.shape[0], config.num_experts_per_tok, dtype=torch.int64)
+    weights = torch.empty_like(choices, dtype=torch.float32)
+    _choose(F.linear(x.float(), weight), e_score_correction_bias[None], config, choices, weights)
+    return choices[0], weights[0]
+
+
+def _choose(logits: Tensor, bias: Tensor, config: ModelConfig, choices: Tensor, weights: Tensor) -> None:
+    """logits (rows, routers * experts) and biases (routers, experts), else as `routers`."""
+    count, experts = bias.shape
+    _choice_kernel[(logits.shape[0], count)](
+        logits, bias, choices, weights,
         EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), OTHERS=_OTHERS, TOP_K=choices.shape[2],
         NORMALISED=config.norm_topk_prob, SCALING=config.routed_scaling_factor,
         **overlapping(),

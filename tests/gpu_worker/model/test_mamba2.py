@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from common.hlwq import native
-from gpu_worker.model.mamba2 import PromptKernels, causal_conv, time_step
-from gpu_worker.model.nemotron_h import NemotronH
+from gpu_worker.model.mamba2 import MixerKernels, causal_conv, time_step
+from gpu_worker.model.nemotron_h import ModelKernels, NemotronH
 from gpu_worker.model.norms import gated_group_norm, rms_norm
 from tests.helpers.nemotron import make_twins
 
@@ -58,7 +58,9 @@ def test_a_long_prompt_scanned_in_parts_is_scanned_whole() -> None:
     twins = make_twins()
     with native.forced(native.PLAIN):
         whole = twins.model.prefill(twins.tokens(50), 0, twins.pools())
-        cut = NemotronH(twins.config, twins.model.weights, twins.experts, PromptKernels(tokens=22))
+        cut = NemotronH(
+            twins.config, twins.model.weights, twins.experts, ModelKernels(MixerKernels(tokens=22))
+        )
         pools = twins.pools()
         parts = cut.prefill(twins.tokens(50), 0, pools)
     torch.testing.assert_close(parts, whole)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gpu_worker.cuda.kernels import mamba2_prompt
-from gpu_worker.cuda.kernels.mamba2_prompt import PROMPT_KERNELS, gated_group_norm, scan_inputs
+from gpu_worker.cuda.kernels.mamba2_prompt import gated_group_norm, scan_inputs
+from gpu_worker.cuda.prompt_kernels import MIXER_KERNELS
 from gpu_worker.model import mamba2, norms
 from gpu_worker.model.mamba2 import Mamba2
 from tests.helpers.mamba2 import DrawnBlock
@@ -175,7 +176,7 @@ def test_a_mixer_by_kernels_equals_the_plain_one(
     block = Block(device, torch.float32, shape)
     projected, places = block.projected(1, tokens), torch.tensor([1], device=device)
     states = [(block.conv.clone(), block.ssm.clone()) for _ in range(2)]
-    plain, fast = (Mamba2(block.weights, block.config, 0, *given) for given in ((), (PROMPT_KERNELS,)))
+    plain, fast = (Mamba2(block.weights, block.config, 0, *given) for given in ((), (MIXER_KERNELS,)))
     for _ in range(2):  # states go on
         expected, got = (
             mixer.scan(projected, *state, places) for mixer, state in zip((plain, fast), states, strict=True)

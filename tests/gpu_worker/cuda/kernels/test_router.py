@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common.model_config import ModelConfig
-from gpu_worker.cuda.kernels.router import router, router_plain, routers, usable
+from gpu_worker.cuda.kernels.router import prompt_router, router, router_plain, routers, usable
+from gpu_worker.model.moe import route
 from tests.helpers.models import tiny_config
 
 CONFIG = ModelConfig.from_dict(tiny_config(n_routed_experts=8, num_experts_per_tok=3))
@@ -80,6 +81,29 @@ def test_weights_are_normalised_or_not_and_scaled(device: torch.device, normalis
 def test_real_widths(device: torch.device) -> None:
     gate = Gate(device, 2688, 128, 6)
     gate.check(gate.draw(2, 2688, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("rows", "hidden", "experts", "k"), SHAPES)
+def test_a_prompt_is_routed_like_steps(
+    device: torch.device, rows: int, hidden: int, experts: int, k: int
+) -> None:
+    gate = Gate(device, hidden, experts, k)
+    x = gate.draw(rows, hidden, dtype=torch.bfloat16)
+    choices, weights = prompt_router(x, gate.weight, gate.bias, gate.config)
+    expected_choices, expected_weights = gate.route(router, x)
+    assert torch.equal(choices, expected_choices)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=0)
+
+
+def test_a_prompt_is_routed_by_groups_where_the_model_has_them(device: torch.device) -> None:
+    gate = Gate(device, 48, 8, 2, n_group=4, topk_group=2)
+    x = gate.draw(5, 48)
+    for found, expected in zip(
+        prompt_router(x, gate.weight, gate.bias, gate.config),
+        route(x, gate.weight, gate.bias, gate.config),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
 
 
 def test_rows_alone_and_together_are_the_same_bits(device: torch.device) -> None:
