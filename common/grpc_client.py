@@ -54,6 +54,11 @@ def translate(error: grpc.RpcError, peer: object) -> errors.ServingError:
             f"no TLS connection to {peer}: {details}; check $EXPERT_SERVING_TLS_CA, "
             "and $EXPERT_SERVING_TLS_CERT if it wants one"
         )
+    if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details and "Socket closed" in details:
+        # What a server that wants TLS does to a client without.
+        return errors.Unavailable(
+            f"{peer} closes connections at once; if it speaks TLS, set $EXPERT_SERVING_TLS_CA"
+        )
     if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():
         return errors.Unavailable(f"nothing answers on {peer}; is it running?")
     if code is grpc.StatusCode.UNAVAILABLE and any(words in details.lower() for words in _BROKEN):
@@ -111,7 +116,7 @@ def wait_until_serving(
     service: its full name; Incompatible where a process listens that has another.
     """
     deadline = time.monotonic() + timeout
-    seen = "nothing answers"
+    seen = f"nothing answers on {address}"
     with open_channel(address, credentials) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         while (left := deadline - time.monotonic()) > 0:
@@ -120,10 +125,10 @@ def wait_until_serving(
                 status = stub.Check(request, timeout=min(left, 2.0)).status
                 if status == health_pb2.HealthCheckResponse.SERVING:
                     return
-                seen = "it is there, but not ready"
+                seen = f"{address} is there, but not ready"
             except grpc.RpcError as error:
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     raise errors.Incompatible(f"what listens on {address} is no {service}") from None
-                seen = "nothing answers"
+                seen = str(translate(error, address))
             time.sleep(min(0.05, max(left, 0)))
-    raise errors.Unavailable(f"{address} was not ready within {timeout:g} s: {seen}")
+    raise errors.Unavailable(f"not ready within {timeout:g} s: {seen}")

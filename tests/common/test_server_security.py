@@ -27,7 +27,7 @@ from common.errors import (
     Unauthenticated,
     Unavailable,
 )
-from common.grpc_client import open_async_channel, translate
+from common.grpc_client import open_async_channel, translate, wait_until_serving
 from common.grpc_server import RpcServer
 from common.key_usage import TOGETHER, KeyUsage, check_allowance
 from common.rpc import gpu_worker_pb2 as pb
@@ -126,8 +126,10 @@ def test_tls_and_what_a_client_without_it_is_told(authority: Authority, tmp_path
             assert (await ask(address, Credentials(authority.file))).model == "echo"
             with pytest.raises(Unavailable, match=r"no TLS connection to .*EXPERT_SERVING_TLS_CA"):
                 await ask(address, Credentials(other.file))
-            with pytest.raises(Unavailable):
+            with pytest.raises(Unavailable, match=r"if it speaks TLS, set \$EXPERT_SERVING_TLS_CA"):
                 await ask(address)
+            with pytest.raises(Unavailable, match=r"not ready within .* no TLS connection to"):
+                await asyncio.to_thread(wait_until_serving, address, 0.5, Credentials(other.file))
 
     run(check)
 
