@@ -20,8 +20,8 @@ def empty_is_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is allocated in a test holds NaN until a kernel writes it.
 
     Places of pairs that somebody else computes are never written, but computed with: what lay there before
-    must not matter, nor be what the interpreter complains of. Not on a GPU, where filling is a launch: between
-    two kernels of which one begins beside the other, it would keep them apart.
+    must not matter, nor be what the interpreter complains of. Not on a GPU, where filling is a launch, and
+    would keep apart two kernels of which one begins beside the other.
     """
     for owner, name in ((Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
