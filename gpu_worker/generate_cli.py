@@ -75,6 +75,7 @@ def generate(
         events = client.generate(given, samples=samples, priority=priority, timeout=timeout, **sampling)
         for event in _shown(events) if samples == 1 and not json else events:
             answers.add(event)
+    _tell_what_is_unused(sampling)
     if json:
         fields = [_fields(answer) for answer in answers.complete()]
         print_json(fields[0] if samples == 1 else {"samples": fields})
@@ -113,6 +114,14 @@ def score(
     else:
         shown = "undefined for a single token" if perplexity is None else f"{perplexity:.4f}"
         print(f"{len(tokens)} tokens, perplexity {shown}")
+
+
+def _tell_what_is_unused(sampling: dict[str, Any]) -> None:
+    """Without a temperature nothing is drawn."""
+    idle = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None}
+    unused = [f"--{name.replace('_', '-')}" for name, value in idle.items() if sampling[name] != value]
+    if unused and sampling["temperature"] == 0:
+        print(f"{' and '.join(unused)}: without --temperature the likeliest token is taken", file=sys.stderr)
 
 
 def _collect_scores(

@@ -77,6 +77,12 @@ def test_a_seed_reproduces_a_sample_and_another_does_not(pair: Pair) -> None:
     assert first == again != other
 
 
+def test_what_does_nothing_without_a_temperature_is_told(pair: Pair) -> None:
+    options = ("gpu-worker", "generate", PROMPT, "--max-new-tokens", "2", "--top-p", "0.9", "--seed", "7")
+    assert "--top-p and --seed: without --temperature" in pair.run(*options).stderr
+    assert "without --temperature" not in pair.run(*options, "--temperature", "0.5").stderr
+
+
 def test_several_samples_are_told_one_after_the_other(pair: Pair) -> None:
     options = (PROMPT, "--samples", "2", "--temperature", "1.2", "--seed", "7", "--max-new-tokens", "12")
     both = generate(pair, *options)["samples"]
