@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from common.arena import MappedArena
 from common.checkpoint.names import packable_dense
 from common.checkpoint.packed import PackedCheckpoint
 from common.checkpoint.packing import packed, unpacked
@@ -44,6 +46,7 @@ from gpu_worker.store_link import Attachment, StoreLink
 from gpu_worker.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from gpu_worker.cuda.host_memory import RegisteredArena
     from gpu_worker.cuda.memory import DeviceMemory
 
 log = logging.getLogger(__name__)
@@ -85,13 +88,14 @@ def load_model(config: WorkerConfig, attachment: Attachment, link: StoreLink) ->
     sequences = resolve_sequences(config, model, device, dtype)
     sizes = Sizes(model, checkpoint.dense_stored, checkpoint.layout.stride, dtype, sequences, memory)
     account = _account(config, sizes)
+    registering = _registering(attachment.arena, device) if account.slots and device.type == "cuda" else None
     weights = build_weights(_dense(checkpoint, config.dense_bits), model, dtype, device)
     pools = StatePools(model, sequences, account.context, dtype, device)
     log.info("%d sequences at a time, of up to %d tokens", sequences, account.context)
     fetcher = Fetcher(link)
     kernels = f", {native.path()} kernels" if device.type == "cpu" else ""
     log.info("on %s in %s%s; dense weights %s", device, dtype, kernels, format_bytes(weights.nbytes))
-    engine = _engine(config, checkpoint, weights, pools, fetcher, account)
+    engine = _engine(config, checkpoint, weights, pools, fetcher, account, registering)
     eos_token_ids = _eos_token_ids(checkpoint.directory, model.eos_token_ids)
     engine.cut_law = replace(engine.cut_law, turn_ends=frozenset(eos_token_ids))
     engine.prefixes = PrefixCache(resolve_prefix_cache(config))
@@ -140,6 +144,20 @@ def _account(config: WorkerConfig, sizes: Sizes) -> Account:
     return account
 
 
+def _registering(arena: MappedArena, device: torch.device) -> Future[RegisteredArena]:
+    """Telling CUDA of the arena, and importing Triton: seconds, which loading weights need not wait for."""
+
+    def prepare() -> RegisteredArena:
+        from gpu_worker.cuda.host_memory import RegisteredArena
+
+        return RegisteredArena(arena, device)
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="register")
+    registering = pool.submit(prepare)
+    pool.shutdown(wait=False)
+    return registering
+
+
 def _dense(checkpoint: PackedCheckpoint, bits: int | None) -> dict[str, Matrix]:
     """The dense weights as they are stored, mapped; or matrices made anew at `bits` (16: not packed)."""
     changing = set(packable_dense(checkpoint.config)) if bits is not None else set()
@@ -162,18 +180,20 @@ def _engine(
     pools: StatePools,
     fetcher: Fetcher,
     account: Account,
+    registering: Future[RegisteredArena] | None,
 ) -> Engine:
     """The engine, by where routed experts are computed: in frames, or in slots of the host or the device."""
-    model, layout, device = checkpoint.config, checkpoint.layout, pools.lengths.device
+    model, layout = checkpoint.config, checkpoint.layout
     slots, reason = account.slots, account.reason
     hints = Hints(config.prefetch, fetcher)
-    if device.type == "cuda" and slots is not None:
+    if registering is not None and slots is not None:
         from gpu_worker.cuda.loading import device_engine  # Triton is for those who have a GPU
 
         log.info("%d slots a layer (%s)", slots, reason)
         cache = slots, config.policy, config.eager
         fetching = config.sync_fetch, config.cpu_experts
-        return device_engine(weights, pools, layout, *cache, fetcher, hints, model, *fetching)
+        arena = registering.result()
+        return device_engine(weights, pools, layout, *cache, fetcher, arena, hints, model, *fetching)
     experts: SlotExperts | DirectExperts
     if slots is None:
         log.info("no slots (%s)", reason)

@@ -25,9 +25,8 @@ class RegisteredArena:
 
     def __init__(self, arena: MappedArena, device: torch.device) -> None:
         """Raises Unavailable when the driver cannot register memory that is mapped read-only."""
-        self.mapped = arena
-        self._registered = device.type == "cuda"
-        if self._registered:
+        self.mapped, self._device = arena, device
+        if device.type == "cuda":
             frames, runtime = arena.frames, torch.cuda.cudart()
             code = runtime.cudaHostRegister(frames.data_ptr(), frames.nbytes, _MAPPED | _READ_ONLY)
             if code != runtime.cudaError.success:
@@ -51,6 +50,14 @@ class RegisteredArena:
         """Where each expert lies: (layers, experts) int32; of an arena where all are READY for good."""
         return torch.from_numpy(self.mapped.frame_of())
 
+    def followed_by(self, arena: MappedArena) -> RegisteredArena:
+        """Of `arena`: this one still, or one of a store's successor in its stead."""
+        if arena is self.mapped:
+            return self
+        successor = RegisteredArena(arena, self._device)
+        self.close()
+        return successor
+
     def close(self) -> None:
-        if self._registered:
+        if self._device.type == "cuda":
             torch.cuda.cudart().cudaHostUnregister(self.address)

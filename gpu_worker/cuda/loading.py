@@ -17,6 +17,7 @@ from gpu_worker.cuda.device_slots import MAX_PAIRS, DeviceSlots
 from gpu_worker.cuda.engine import DeviceEngine
 from gpu_worker.cuda.experts import DeviceExperts
 from gpu_worker.cuda.host_lane import NO_LANE, host_lane
+from gpu_worker.cuda.host_memory import RegisteredArena
 from gpu_worker.cuda.kernels.matrix_decode import PackedLinear
 from gpu_worker.cuda.prompt_kernels import PROMPT_KERNELS
 from gpu_worker.cuda.record_copies import RecordCopies
@@ -40,13 +41,15 @@ def device_engine(
     policy: str,
     eager: bool,
     fetcher: Fetcher,
+    registered: RegisteredArena,
     hints: Hints,
     config: ModelConfig,
     sync_fetch: bool = False,
     cpu_experts: int | None = 0,
 ) -> DeviceEngine:
     """`eager`: without captured graphs; `sync_fetch`: the host fetches records singly, and waits for each;
-    `cpu_experts`: threads that compute missing experts, None for as many as are to spare.
+    `cpu_experts`: threads that compute missing experts, None for as many as are to spare. The engine takes
+    `registered` over, which is of the fetcher's arena.
 
     Waits until a store that keeps every expert in RAM has read them all; Unavailable if that takes too long,
     ConfigError for more sequences than a step can take.
@@ -63,7 +66,7 @@ def device_engine(
         if isinstance(linear.weight, PackedMatrix) and linear.weight.bits != RAW_BITS:
             linear.computed_by(PackedLinear(linear.weight))
     gates = [block.mixer.gate for block in model_weights.blocks if isinstance(block.mixer, MoEWeights)]
-    copies = RecordCopies(fetcher, arena, full, device, one_by_one=sync_fetch)
+    copies = RecordCopies(fetcher, registered.followed_by(arena), full, device, one_by_one=sync_fetch)
     lane = None
     if full and not sync_fetch and config.num_experts_per_tok <= slots:
         if cpu_experts != 0 and slots < config.n_routed_experts:  # else nothing is missing

@@ -39,11 +39,16 @@ class RecordCopies:
     """
 
     def __init__(
-        self, fetcher: Fetcher, arena: MappedArena, full: bool, device: torch.device, one_by_one: bool = False
+        self,
+        fetcher: Fetcher,
+        arena: RegisteredArena,
+        full: bool,
+        device: torch.device,
+        one_by_one: bool = False,
     ) -> None:
         """`full`: every expert is READY in `arena`, for good; `one_by_one`: each alone, and waited for."""
         self.full, self.one_by_one = full, one_by_one
-        self.arena = RegisteredArena(arena, device)
+        self.arena = arena
         self._fetcher, self._device = fetcher, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -77,8 +82,7 @@ class RecordCopies:
 
     def _read(self, arena: MappedArena, wanted: Sequence[Wanted]) -> set[ExpertKey]:
         """Copy those that are READY; returns which."""
-        if arena is not self.arena.mapped:
-            self._follow(arena)
+        self.arena = self.arena.followed_by(arena)  # all copies from the former have been waited for
         keys, places = [key for key, _ in wanted], [place for _, place in wanted]
 
         def copy(ready: list[int], frames: list[Tensor]) -> None:
@@ -95,8 +99,3 @@ class RecordCopies:
         copy_all(pairs, self._stream)
         if self.one_by_one or not self.full:
             self._stream.synchronize()
-
-    def _follow(self, arena: MappedArena) -> None:
-        """Read from the arena of the store's successor; all copies from the former have been waited for."""
-        former, self.arena = self.arena, RegisteredArena(arena, self._device)
-        former.close()

@@ -11,6 +11,7 @@ import torch
 from common.checkpoint import PackedCheckpoint
 from common.hlwq.matrix import PackedMatrix
 from gpu_worker.cuda.engine import DeviceEngine
+from gpu_worker.cuda.host_memory import RegisteredArena
 from gpu_worker.cuda.loading import device_engine
 from gpu_worker.model.states import StatePools
 from gpu_worker.model.weights import build_weights
@@ -43,7 +44,10 @@ def engine_of(
     pools = StatePools(config, 2, config.max_position_embeddings, dtype, device)
     cache = slots, policy, eager or device.type == "cpu"
     hints = Hints(prefetch, fetcher)
-    engine = device_engine(weights, pools, checkpoint.layout, *cache, fetcher, hints, config, **options)
+    arena = RegisteredArena(fetcher.arena, device)
+    engine = device_engine(
+        weights, pools, checkpoint.layout, *cache, fetcher, arena, hints, config, **options
+    )
     try:
         yield engine
         engine.check_integrity()

@@ -10,6 +10,7 @@ from common.checkpoint import PackedCheckpoint
 from common.errors import Unavailable
 from common.expert_key import ExpertKey
 from gpu_worker.cuda import staging_ring
+from gpu_worker.cuda.host_memory import RegisteredArena
 from gpu_worker.cuda.record_copies import RecordCopies
 from gpu_worker.cuda.staging_ring import StagingRing
 from gpu_worker.slots.counters import CacheCounters
@@ -54,7 +55,7 @@ class Watched:
         self.fetched: list[ExpertKey] = []
         self.counters = CacheCounters()  # of the ring alone, which knows no layers
         self.arena = fetcher.arena
-        self.copies = RecordCopies(fetcher, fetcher.arena, fetcher.all_fit(), device)
+        self.copies = RecordCopies(fetcher, RegisteredArena(fetcher.arena, device), fetcher.all_fit(), device)
         fetch = CountedFetch(self.copies.fetch, self.counters, lambda keys, staged: self.fetched.extend(keys))
         self.ring = StagingRing(self.copies, fetch, stride, device)
 
