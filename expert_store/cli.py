@@ -14,7 +14,7 @@ from common.addresses import Address, AddressClaim
 from common.grpc_client import channel_to, wait_until_serving
 from common.message_json import print_json
 from common.options import configured_by
-from common.process import configure_process, run_command, run_service
+from common.process import configure_process, importing, run_command, run_service
 from common.process_config import ADDRESS_HELP
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
@@ -51,8 +51,9 @@ def start(config: StoreConfig, reread: Callable[[], StoreConfig]) -> None:
     claim = AddressClaim(config.listen)
     try:
         # Imported here: help, stats and a wrong option should not wait for PyTorch.
-        from expert_store.models import resolve_model
-        from expert_store.server import Store
+        with importing():
+            from expert_store.models import resolve_model
+            from expert_store.server import Store
 
         checkpoint = resolve_model(config.model, config.bits, console)
         with tracing.exporting("expert-store"):

@@ -16,7 +16,7 @@ from common.credentials import Credentials
 from common.grpc_client import wait_until_serving
 from common.message_json import print_json
 from common.options import configured_by
-from common.process import configure_process, run_command, run_service
+from common.process import configure_process, importing, run_command, run_service
 from common.process_config import ADDRESS_HELP
 from gpu_worker import generate_cli, key_cli
 from gpu_worker.client import WorkerClient
@@ -52,7 +52,8 @@ def start(config: WorkerConfig, reread: Callable[[], WorkerConfig]) -> None:
     claim = AddressClaim(config.listen)
     try:
         # Imported here: help, client commands and a wrong option should not wait for PyTorch.
-        from gpu_worker.server import Worker
+        with importing():
+            from gpu_worker.server import Worker
 
         with tracing.exporting("gpu-worker"):
             status = run_service(lambda: Worker(config, f"{socket.gethostname()}-{os.getpid()}"), reread)

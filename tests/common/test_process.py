@@ -1,7 +1,11 @@
-"""What SIGHUP means to a process: read the configuration again, or, where a terminal has gone, stop."""
+"""What SIGHUP means to a process: read the configuration again, or, where a terminal has gone, stop.
+
+And what the garbage collector is spared.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import pty
 import signal
@@ -11,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from common.process import importing
 
 PROGRAM = """
 import asyncio, logging, os, signal, sys
@@ -147,3 +153,14 @@ def test_a_terminal_that_goes_away_stops_what_ran_in_it_unless_told_otherwise(
     else:
         assert running.popen.wait(20) == 0
         running.end()
+
+
+def test_what_was_imported_is_left_alone_by_the_collector() -> None:
+    frozen = gc.get_freeze_count()
+    try:
+        with importing():
+            assert not gc.isenabled()
+            kept = [[] for _ in range(1000)]
+        assert gc.isenabled() and gc.get_freeze_count() >= frozen + len(kept)
+    finally:
+        gc.unfreeze()
