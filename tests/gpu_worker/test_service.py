@@ -52,7 +52,7 @@ def test_a_deadline_ends_a_request_within_a_step(worker: LocalWorker) -> None:
     counted = ended(worker, "deadline")
     worker.step_seconds = 0.005
     with worker.client() as client:
-        stream = client.generate(PROMPT, timeout=0.6, **LONG)
+        stream = client.generate(PROMPT, timeout=3, **LONG)
         next(stream)
         with worker.pause:
             with pytest.raises(DeadlineExceeded):
