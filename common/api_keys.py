@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -33,6 +34,8 @@ from typing import Any
 from common.config_file import as_toml, check_key, checked_value, load_toml
 from common.errors import ConfigError, Unauthenticated
 from common.key_usage import KeyUsage
+
+log = logging.getLogger(__name__)
 
 _PREFIX = "es-"  # so that scanners for leaked secrets, and people, know one when they see it
 _WANTED = "send `authorization: Bearer KEY`; the commands take it from $EXPERT_SERVING_API_KEY"
@@ -83,6 +86,8 @@ class KeyRing:
             usages[name] = self._usages.get(name) or KeyUsage(name, rules)
             usages[name].rules = rules
         self._usages = usages
+        if not usages:  # no mistake of who has taken the last one back
+            log.warning("%s has no keys: every call is refused", self._path)
 
     def find(self, authorization: str | None) -> KeyUsage:
         """Whose key an `Authorization` field bears; Unauthenticated if nobody's."""

@@ -130,6 +130,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+def test_a_file_without_keys_lets_nobody_in_and_is_told_of(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.touch(0o600)
+    ring = KeyRing(path)
+    with pytest.raises(Unauthenticated):
+        ring.find("Bearer anything")
+    assert f"{path} has no keys: every call is refused" in caplog.text
+
+
 def test_the_rate_is_that_of_any_minute(clock: list[float]) -> None:
     usage = KeyUsage("alice", KeyRules(hash=HASH, requests_per_minute=2))
     for at in (0, 50):
