@@ -7,6 +7,7 @@ it at once. SIGHUP makes it read its configuration again.
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 EXIT_INVARIANT = 70  # sysexits.h EX_SOFTWARE: a bug of ours, not of the user
 
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
 _RESERVED_DESCRIPTORS = 64  # for files, the data plane, and what libraries open now and then
 _LEAST_CONNECTIONS, _MOST_CONNECTIONS = 16, 65536
 
@@ -201,12 +203,27 @@ def _stop_once(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> Non
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Run a command line; a `ServingError` is one clear line on stderr and status 1."""
+    """Run a command line; a `ServingError`, or output that cannot be written, is one line on stderr and
+    status 1."""
     try:
-        command()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()  # here, where what fails can be told
     except ServingError as error:
-        errors_console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        _tell(str(error))
+        return EXIT_FAILURE
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        if error.errno != errno.EPIPE:  # whoever reads has seen enough
+            _tell(f"the output is not whole: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it
         return EXIT_FAILURE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def _tell(message: str) -> None:
+    errors_console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.processes import Pair, pair_of_processes
+from tests.system.processes import SCRIPTS, Pair, environment, pair_of_processes
 
 PROMPT = "def read_config(path):\n"
 
@@ -114,15 +116,27 @@ def test_chat_uses_the_checkpoints_template(pair: Pair) -> None:
 
 
 def test_standard_input(pair: Pair) -> None:
-    import subprocess
-
-    from tests.system.processes import SCRIPTS, environment
-
     done = subprocess.run(
         [str(SCRIPTS / "gpu-worker"), "generate", "-", "--json", "--max-new-tokens", "5"],
         input=PROMPT, capture_output=True, text=True, env=environment(pair.runtime), check=True, timeout=60,
     )  # fmt: skip
     assert json.loads(done.stdout)["text"] == generate(pair, PROMPT, "--max-new-tokens", "5")["text"]
+
+
+@pytest.mark.parametrize(("output", "says"), [("/dev/full", "error: the output is not whole"), (None, "")])
+def test_output_that_nobody_takes(pair: Pair, output: str | None, says: str) -> None:
+    """A full disk is told of in one line, and a reader who has gone (None) not at all."""
+    command = [str(SCRIPTS / "gpu-worker"), "stats"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    target = writer if output is None else os.open(output, os.O_WRONLY)
+    done = subprocess.run(
+        command, stdout=target, stderr=subprocess.PIPE, text=True, env=environment(pair.runtime), timeout=60
+    )
+    for descriptor in {writer, target}:
+        os.close(descriptor)
+    assert done.returncode == 1
+    assert done.stderr.startswith(says) and done.stderr.count("\n") == bool(says)
 
 
 @pytest.mark.parametrize("window", [(), ("--window", "64", "--stride", "16"), ("--window", "50")])
