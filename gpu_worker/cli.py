@@ -13,6 +13,7 @@ from rich.console import Console
 from common import tracing
 from common.addresses import Address, AddressClaim
 from common.credentials import Credentials
+from common.errors import Unavailable
 from common.grpc_client import wait_until_serving
 from common.message_json import print_json
 from common.options import configured_by
@@ -72,7 +73,15 @@ def wait(
 ) -> None:
     """Return as soon as the worker is ready to serve; fail after --timeout."""
     address = Address.of_option(worker, "worker")
-    wait_until_serving(address, timeout, Credentials.of_environment(), SERVICE)
+    try:
+        wait_until_serving(address, timeout, Credentials.of_environment(), SERVICE)
+    except Unavailable:
+        with WorkerClient(address, retry_for=0) as client:
+            try:
+                client.model_info()
+            except Unavailable as told:  # by a worker that is starting, what it is at
+                raise Unavailable(f"not ready within {timeout:g} s: {told}") from None
+        raise
 
 
 @app.command()

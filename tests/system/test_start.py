@@ -27,6 +27,8 @@ def test_a_worker_waits_for_its_store(pair: Pair) -> None:
     worker = Process(pair.runtime, "gpu-worker", "start", "--device", "cpu")
     pair.processes.append(worker)
     eventually(lambda: "waiting for the store" in worker.log.read_text(), READY, "waiting")
+    done = pair.run("gpu-worker", "wait", "--timeout", "0.5", check=False)
+    assert done.returncode == 1 and "the worker is starting: it waits for its store" in done.stderr
     pair.start_store()
     worker.wait_ready(pair.worker_address)
     assert pair.generate([1, 2, 3], 2).finish is not None
