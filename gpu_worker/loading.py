@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,17 +146,28 @@ def _account(config: WorkerConfig, sizes: Sizes) -> Account:
 
 
 def _registering(arena: MappedArena, device: torch.device) -> Future[RegisteredArena]:
-    """Telling CUDA of the arena, and importing Triton: seconds, which loading weights need not wait for."""
+    """What takes seconds and wants no weights, beside loading these: telling CUDA of the arena, and Triton's
+    import and first launch."""
+    from gpu_worker.cuda.host_memory import RegisteredArena
 
     def prepare() -> RegisteredArena:
-        from gpu_worker.cuda.host_memory import RegisteredArena
+        registered = RegisteredArena(arena, device)
+        launched.result()  # nobody else may use CUDA while steps are captured
+        return registered
 
-        return RegisteredArena(arena, device)
-
-    pool = ThreadPoolExecutor(1, thread_name_prefix="register")
+    pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
+    launched = pool.submit(_first_launch, device)
     registering = pool.submit(prepare)
     pool.shutdown(wait=False)
     return registering
+
+
+def _first_launch(device: torch.device) -> None:
+    """Of any kernel: before it Triton reads all of itself, for the keys of its cache."""
+    import_module("gpu_worker.cuda.loading")
+    from gpu_worker.cuda.kernels.best_token import best_token
+
+    best_token(torch.zeros(1, 1, device=device))
 
 
 def _dense(checkpoint: PackedCheckpoint, bits: int | None) -> dict[str, Matrix]:

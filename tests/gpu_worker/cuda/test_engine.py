@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.checkpoint import PackedCheckpoint
+from gpu_worker import loading
 from gpu_worker.config import WorkerConfig
 from gpu_worker.loading import load_model
 from gpu_worker.prefix_cache.cuts import CutLaw
@@ -71,6 +72,15 @@ def test_the_cpu_computes_the_same(
         counters = engine.experts.counters
     assert counters.hits > 0 and counters.misses > 0
     assert counters.bytes_fetched == counters.misses * checkpoint.layout.stride
+
+
+def test_what_wants_no_weights_is_prepared_beside_them(link: FixedLink, device: torch.device) -> None:
+    registered = loading._registering(link.attachment.arena, device).result(60)
+    try:
+        assert registered.mapped is link.attachment.arena
+        assert registered.followed_by(registered.mapped) is registered
+    finally:
+        registered.close()
 
 
 @pytest.mark.gpu
