@@ -34,8 +34,19 @@ class Codebook(str, Enum):
     PUBLISHED = "published"
 
 
+def _directory(text: str) -> Path:
+    """Nothing is downloaded to be looked at."""
+    from expert_store.models import DEMO, locate_model
+
+    if text == DEMO:
+        return locate_model(DEMO).directory
+    if not Path(text).is_dir():
+        raise typer.BadParameter(f"{text} is no directory")
+    return Path(text)
+
+
 CheckpointDirectory = Annotated[
-    Path, typer.Argument(help="A checkpoint's directory.", metavar="DIR", exists=True, file_okay=False)
+    Path, typer.Argument(help="A checkpoint's directory, or 'demo'.", metavar="DIR", parser=_directory)
 ]
 
 

@@ -39,6 +39,13 @@ def test_pack_inspect_verify(pristine: Path, tmp_path: Path) -> None:
     assert run("verify", destination).splitlines()[-1].startswith("OK: 5 files")
 
 
+def test_the_demo_is_known_by_its_name_and_what_is_no_directory_is_refused(tmp_path: Path) -> None:
+    assert json.loads(run("inspect", "demo", "--json"))["directory"].endswith("expert_store/demo")
+    for missing in (tmp_path / "nowhere", Path(__file__)):
+        told = run("inspect", missing, status=2).replace("│", "")  # in a box, wrapped
+        assert "is no directory" in " ".join(told.split())
+
+
 def test_packs_at_five_bits_by_default(pristine: Path, pristine_packed: Path, tmp_path: Path) -> None:
     run("pack", pristine, tmp_path / "packed")
     packed, expected = PackedCheckpoint.open(tmp_path / "packed"), PackedCheckpoint.open(pristine_packed)
