@@ -19,6 +19,7 @@ from common.process_config import ADDRESS_HELP
 from common.rpc import expert_store_pb2 as pb
 from common.rpc.expert_store_pb2_grpc import ExpertStoreStub
 from common.units import format_bytes
+from common.version import add_version
 from expert_store import files_cli, synth_cli, unpack_cli
 from expert_store.config import StoreConfig
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+add_version(app)
 files_cli.register(app)
 unpack_cli.register(app)
 synth_cli.register(app)

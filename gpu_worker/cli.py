@@ -19,6 +19,7 @@ from common.message_json import print_json
 from common.options import configured_by
 from common.process import configure_process, importing, run_command, run_service
 from common.process_config import ADDRESS_HELP
+from common.version import add_version
 from gpu_worker import generate_cli, key_cli
 from gpu_worker.client import WorkerClient
 from gpu_worker.client.requests import SERVICE
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+add_version(app)
 generate_cli.register(app)
 app.add_typer(key_cli.app, name="key")
 gateway_cli.register(app)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,7 @@ def test_stats_tables_and_json(pair: Pair) -> None:
 def test_every_command_teaches(pair: Pair, name: str) -> None:
     """Help for each command: what it does, and an example where it does work."""
     overview = pair.run(name, "--help").stdout
+    assert pair.run(name, "--version").stdout == f"expert-serving {version('expert-serving')}\n"
     commands = {"expert-store": "pack inspect verify", "gpu-worker": "generate score"}
     for command in ("start wait stats stop " + commands[name]).split():
         assert command in overview
