@@ -91,7 +91,7 @@ class Mamba2:
     ) -> None:
         self.weights, self.config, self.index = weights, config, index
         self._kernels = kernels
-        self._kernel = Mamba2Kernel(weights, config)
+        self._native = Mamba2Kernel(weights, config)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x (rows, hidden) to (rows, hidden); the step's states advance."""
@@ -102,7 +102,7 @@ class Mamba2:
             rows, places = projected[None], slice(step.sequence, step.sequence + 1)
         else:
             rows, places = projected[:, None], step.sequences
-        scan = self._kernel if self._kernel.usable(rows, conv, ssm) else self.scan
+        scan = self._native if self._native.usable(rows, conv, ssm) else self.scan
         return self.weights.out_proj(scan(rows, conv, ssm, places).flatten(0, 1))
 
     def scan(self, projected: Tensor, conv: Tensor, ssm: Tensor, places: Places) -> Tensor:
