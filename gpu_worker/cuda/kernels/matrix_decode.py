@@ -8,6 +8,7 @@ here: products fused with what surrounds them in a decode step (`gpu_worker.cuda
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -54,9 +55,11 @@ class PackedLinear:
         if x.shape[0] <= MAX_ROWS:
             return self._few(rotate(x), None, x.dtype)
         rotated = tile_rotate(x, x.dtype).flatten(1)
-        y = torch.empty(x.shape[0], self._outs, dtype=x.dtype, device=x.device)
         at_once = min(self._outs, MOST_DECODED // (rotated.shape[1] * x.element_size()))
         decoded = torch.empty(at_once, rotated.shape[1], dtype=x.dtype, device=x.device)
+        if at_once == self._outs:  # as nearly always, and short prompts wait for the host
+            return F.linear(rotated, self.decode(slice(0, self._outs), decoded))
+        y = torch.empty(x.shape[0], self._outs, dtype=x.dtype, device=x.device)
         for first in range(0, self._outs, at_once):
             part = self.decode(slice(first, min(first + at_once, self._outs)), decoded)
             torch.mm(rotated, part.T, out=y[:, first : first + at_once])
