@@ -182,6 +182,12 @@ def _store_rotated(block, y):
 
 
 @triton.jit
+def _relu(values):
+    """That of a NaN is one: a maximum would hide it from whoever looks whether logits are numbers."""
+    return tl.where(values <= 0.0, 0.0, values)
+
+
+@triton.jit
 def _squared(values):
     """Rounded before anything is added to it, which the compiler would fuse otherwise."""
     if ROUNDED:
@@ -198,7 +204,7 @@ def _rotate_kernel(x, y, columns, x_stride, y_stride, SQUARED_RELU: tl.constexpr
     column = block * 128 + tl.arange(0, 128)
     values = tl.load(x + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32)
     if SQUARED_RELU:
-        values = _squared(tl.maximum(values, 0.0))
+        values = _squared(_relu(values))
     _store_rotated(values, y + row * y_stride + block * 128)
 
 
@@ -212,7 +218,7 @@ def _tile_rotate_kernel(
     column = block * 128 + place[None, :]
     values = tl.load(x + row * x_stride + column, mask=inside & (column < columns), other=0.0)
     if SQUARED_RELU:
-        values = tl.maximum(values, 0.0)
+        values = _relu(values)
         values = values * values
     h = tl.load(signs + place[:, None] * 128 + place[None, :])
     high = values.to(h.dtype)

@@ -239,6 +239,13 @@ def test_experts(path: str, bits: tuple[int, int], hidden: int, inner: int, toke
     assert torch.equal(got, expected)
 
 
+def test_what_is_no_number_stays_none_between_the_matrices(path: str) -> None:
+    up, down = (pack_matrix(torch.randn(8, 8), 5, packing_codebook(5)) for _ in range(2))
+    x = torch.randn(2, 8)
+    x[0, 3] = torch.nan
+    assert native.FeedForward(up, down)(x).isnan().all(1).tolist() == [True, False]
+
+
 @few
 @given(rows=st.integers(1, 40), k=st.integers(1, 8), hidden=st.integers(1, 300))
 def test_combine(path: str, rows: int, k: int, hidden: int) -> None:

@@ -23,6 +23,13 @@ def test_rotation_and_squared_relu(x: torch.Tensor) -> None:
     assert relative_error(rotation.relu2_rotate(x), rotation.relu2_rotate_plain(x)) < 2e-6
 
 
+def test_what_is_no_number_stays_none(device: torch.device) -> None:
+    x = torch.ones(2, 256, device=device)
+    x[1, 130] = torch.nan
+    for found in (rotation.relu2_rotate(x), rotation.tile_rotate(x, torch.float32, squared_relu=True)):
+        assert found.isnan().all(2).tolist() == [[False, False], [False, True]]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("made_from", TOLERANCE, ids=str)
 def test_rotation_for_tiles(x: torch.Tensor, made_from: torch.dtype, dtype: torch.dtype) -> None:
