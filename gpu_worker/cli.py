@@ -13,7 +13,7 @@ from rich.console import Console
 from common import tracing
 from common.addresses import Address, AddressClaim
 from common.credentials import Credentials
-from common.errors import Unavailable
+from common.errors import ServingError, Unavailable
 from common.grpc_client import wait_until_serving
 from common.message_json import print_json
 from common.options import configured_by
@@ -83,6 +83,8 @@ def wait(
                 client.model_info()
             except Unavailable as told:  # by a worker that is starting, what it is at
                 raise Unavailable(f"not ready within {timeout:g} s: {told}") from None
+            except ServingError:  # such as for want of a key, which waiting takes none
+                pass
         raise
 
 

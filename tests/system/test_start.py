@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common.api_keys import add_key
 from common.errors import ServingError, Unavailable
 from tests.system.processes import READY, Pair, Process, eventually, pair_of_processes
 
@@ -32,6 +33,17 @@ def test_a_worker_waits_for_its_store(pair: Pair) -> None:
     pair.start_store()
     worker.wait_ready(pair.worker_address)
     assert pair.generate([1, 2, 3], 2).finish is not None
+
+
+def test_who_waits_for_a_worker_needs_no_key(pair: Pair, tmp_path: Path) -> None:
+    """Only what it is at, is told to those who have one."""
+    add_key(tmp_path / "keys.toml", "alice")
+    keys = str(tmp_path / "keys.toml")
+    worker = Process(pair.runtime, "gpu-worker", "start", "--device", "cpu", "--api-keys", keys)
+    pair.processes.append(worker)
+    eventually(lambda: "waiting for the store" in worker.log.read_text(), READY, "waiting")
+    done = pair.run("gpu-worker", "wait", "--timeout", "0.5", check=False)
+    assert done.returncode == 1 and "is there, but not ready" in done.stderr
 
 
 @pytest.mark.parametrize("program", ["expert-store", "gpu-worker"])
