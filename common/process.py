@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 EXIT_INVARIANT = 70  # sysexits.h EX_SOFTWARE: a bug of ours, not of the user
 
-_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)  # not EIO, which may be of reading
 _RESERVED_DESCRIPTORS = 64  # for files, the data plane, and what libraries open now and then
 _LEAST_CONNECTIONS, _MOST_CONNECTIONS = 16, 65536
 
