@@ -12,6 +12,7 @@ from common.options import Option
 from common.process_config import MetricsConfig, address_option
 from common.units import parse_size
 
+DEMO = "demo"  # the model that comes with the package
 LEASE_TTL = 3.0  # seconds; a killed worker's pins are free after this
 
 

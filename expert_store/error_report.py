@@ -22,8 +22,9 @@ from common.checkpoint.source import Matrix, WeightSource
 from common.errors import CheckpointError, ConfigError, ServingError
 from common.expert_key import ExpertKey
 from common.hlwq.matrix import PackedMatrix
+from expert_store.config import DEMO
 from expert_store.inspect import dense_kind
-from expert_store.models import DEMO, locate_model
+from expert_store.models import locate_model
 
 Checkpoint = HuggingFaceCheckpoint | PackedCheckpoint
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from common.errors import ConfigError
 from common.options import check_bits_option
 from common.units import format_bytes
+from expert_store.config import DEMO
 
 if TYPE_CHECKING:
     from common.checkpoint.plan import BitPlan
@@ -35,10 +36,10 @@ class Codebook(str, Enum):
 
 
 def _directory(text: str) -> Path:
-    """Nothing is downloaded to be looked at."""
-    from expert_store.models import DEMO, locate_model
-
+    """Nothing is downloaded to be looked at, and what is refused does not wait for PyTorch."""
     if text == DEMO:
+        from expert_store.models import locate_model
+
         return locate_model(DEMO).directory
     if not Path(text).is_dir():
         raise typer.BadParameter(f"{text} is no directory")

@@ -27,9 +27,9 @@ from common.checkpoint.packed_writer import pack
 from common.checkpoint.plan import make_plan
 from common.errors import CheckpointError, ConfigError, NotFound, Unavailable
 from common.record import RECORD_FORMAT
+from expert_store.config import DEMO
 from expert_store.progress_bar import progress_bar
 
-DEMO = "demo"
 # Weights and text only; nothing that a library would execute, and no copies in other formats.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 _LOCK_TIMEOUT = 3600.0  # seconds; far longer than packing takes

@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def added_norm(hidden: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """hidden + added (..., hidden), and the `rms_norm` of that."""
+    """hidden + added (..., hidden), and the `rms_norm` of that; others may write the sum to `hidden`."""
     hidden = hidden + added
     return hidden, rms_norm(hidden, weight, epsilon)
 

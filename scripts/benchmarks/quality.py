@@ -38,7 +38,8 @@ from common.checkpoint.source import WeightSource
 from common.hlwq.planes import RAW_BITS
 from expert_store.block_forward import forward, routed_output
 from expert_store.calibration import calibrated, read_text
-from expert_store.models import DEMO, locate_model
+from expert_store.config import DEMO
+from expert_store.models import locate_model
 
 CALIBRATION, LIBRARY, TESTS = "calibration", "library", "tests"
 SIZES = {CALIBRATION: 250_000, LIBRARY: 150_000, TESTS: 150_000}  # bytes of text

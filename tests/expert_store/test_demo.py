@@ -3,7 +3,8 @@
 import json
 
 from common.model_config import ATTENTION, MAMBA, ModelConfig
-from expert_store.models import DEMO, locate_model
+from expert_store.config import DEMO
+from expert_store.models import locate_model
 
 
 def test_the_shipped_model_is_what_its_purpose_asks_for() -> None:

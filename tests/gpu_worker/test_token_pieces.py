@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from expert_store.models import DEMO, locate_model
+from expert_store.config import DEMO
+from expert_store.models import locate_model
 from gpu_worker.token_pieces import TokenPieces
 from gpu_worker.tokenizer import Tokenizer
 

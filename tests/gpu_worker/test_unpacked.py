@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from expert_store.models import DEMO, locate_model
+from expert_store.config import DEMO
+from expert_store.models import locate_model
 from gpu_worker.engine import Engine
 from tests.helpers.engines import full_arena, greedy, load, packed, prompt_logits
 from tests.helpers.models import make_hf_model, unpack_model

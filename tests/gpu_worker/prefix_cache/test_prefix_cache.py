@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from common.errors import Unavailable
-from expert_store.models import DEMO, locate_model
+from expert_store.config import DEMO
+from expert_store.models import locate_model
 from gpu_worker.engine import Engine
 from gpu_worker.loading import ServedModel
 from gpu_worker.prefix_cache.cuts import CutLaw
