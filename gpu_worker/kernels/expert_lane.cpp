@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -33,7 +34,7 @@ struct HlwqLane {
     float* products;                // (pairs, hidden): those of pairs with a frame are written
 };
 
-// Starts a lane, which answers what differs from `answered`.
+// Starts a lane, which answers what differs from `answered`. Null if the system gives no thread.
 void* hlwq_lane_start(const HlwqLane* lane);
 // Requests may come soon: makes a lane spin that sleeps. Costs no system call while it is awake.
 void hlwq_lane_wake(void* handle);
@@ -148,7 +149,11 @@ class Lane {
 
 void* hlwq_lane_start(const HlwqLane* lane) {
     if (lane->pairs > kMostPairs) broken("pairs", lane->pairs);
-    return new Lane(*lane);
+    try {
+        return new Lane(*lane);
+    } catch (const std::system_error&) {
+        return nullptr;
+    }
 }
 
 void hlwq_lane_wake(void* handle) { static_cast<Lane*>(handle)->wake(); }

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.errors import Exhausted
 from common.hlwq import native
 from common.hlwq.planes import BLOCK, RAW_BITS, padded
 from common.record import RecordLayout, RecordLayouts
@@ -151,8 +152,11 @@ class ExpertLane:
         self._stop: weakref.finalize | None = None
 
     def start(self) -> None:
+        """Raises Exhausted if there can be no more threads."""
         assert self._handle is None, "a lane starts once"
         self._handle = native.call("hlwq_lane_start", self._lane)
+        if self._handle is None:
+            raise Exhausted("the system gives no thread to compute experts with")
         # The thread reads memory that would go with this object, or with the interpreter.
         self._stop = weakref.finalize(self, _stop, self._handle, self._kept)
 

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <unistd.h>
 #include <vector>
@@ -90,8 +91,11 @@ struct Pool {
         for (auto& worker : workers) worker.join();
         workers.clear();
         stopping = false;
-        threads = wanted;
-        for (int i = 1; i < wanted; i++) workers.emplace_back(&Pool::serve, this);
+        try {
+            for (int i = 1; i < wanted; i++) workers.emplace_back(&Pool::serve, this);
+        } catch (const std::system_error&) {  // there can be no more: those that came will do
+        }
+        threads = 1 + int(workers.size());
     }
 };
 

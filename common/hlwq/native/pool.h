@@ -14,7 +14,7 @@ namespace hlwq {
 // from several threads at once take turns. `body` must not call parallel_for.
 void parallel_for(int64_t count, const std::function<void(int64_t)>& body);
 
-// The threads that take part, the caller included; from 1 up.
+// The threads that take part, the caller included; from 1 up. Fewer, where the system gives no more.
 void set_threads(int threads);
 int threads();
 

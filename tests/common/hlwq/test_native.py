@@ -24,6 +24,7 @@ from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, PLANE_WIDTHS, empty_planes, pack_planes, padded, unpack_planes
 from common.hlwq.quantize import pack_matrix, quantize
 from gpu_worker.kernels.expert_mlp import combine
+from tests.helpers.few_threads import without_more_threads
 from tests.helpers.native_paths import forced_or_skipped
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
@@ -298,6 +299,21 @@ def test_a_fork_can_compute(threads: Callable[[int], None]) -> None:
     if child == 0:
         os._exit(0 if torch.equal(matrix.product(x), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_fewer_threads_than_asked_for_will_do() -> None:
+    before = """
+import torch
+from common.hlwq import native
+from common.hlwq.quantize import pack_matrix
+matrix, x = pack_matrix(torch.randn(200, 300), 5, torch.linspace(-2, 2, 32)), torch.randn(1, 300)
+native.set_threads(1)
+expected = matrix.product(x)
+"""
+    result = without_more_threads(
+        before, "native.set_threads(64)\nprint(torch.equal(matrix.product(x), expected))"
+    )
+    assert result.stdout == "True\n", result.stderr
 
 
 @pytest.mark.parametrize(

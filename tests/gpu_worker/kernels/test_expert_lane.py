@@ -21,6 +21,7 @@ from common.model_config import ModelConfig
 from common.record import ExpertBits, RecordLayouts, record_layouts
 from gpu_worker.kernels import expert_lane
 from gpu_worker.kernels.expert_lane import ExpertLane, Mailbox, device_experts
+from tests.helpers.few_threads import without_more_threads
 from tests.helpers.models import tiny_config
 from tests.helpers.native_paths import forced_or_skipped
 
@@ -163,18 +164,32 @@ def test_close(gpu: Gpu, slept: float) -> None:
         assert int(gpu.mailbox.answered) == gpu.sequence - 1, "nobody is there"
 
 
-@pytest.mark.parametrize(
-    ("layer", "frame", "said"), [(2, -1, "layer 2"), (0, 1, "frame 1"), (0, -2, "frame -2")]
-)
-def test_what_cannot_be_ends_the_process(layer: int, frame: int, said: str) -> None:
-    script = f"""
+# For a process of its own.
+A_LANE = f"""
 import time, torch
 from common.model_config import ModelConfig
 from common.record import ExpertBits, record_layouts
 from gpu_worker.kernels.expert_lane import ExpertLane, Mailbox
 layouts = record_layouts(ModelConfig.from_dict({tiny_config()!r}), [ExpertBits(5, 5)] * 2)
 mailbox = Mailbox.allocate(layouts, 1, pinned=False)
-with ExpertLane(layouts, torch.zeros(1, layouts.stride, dtype=torch.uint8), mailbox):
+lane = ExpertLane(layouts, torch.zeros(1, layouts.stride, dtype=torch.uint8), mailbox)
+"""
+
+
+def test_without_a_thread_there_is_no_lane() -> None:
+    result = without_more_threads(
+        A_LANE, "try: lane.start()\nexcept Exception as e: print(type(e).__name__, e)"
+    )
+    assert result.stdout.startswith("Exhausted the system gives no thread"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("layer", "frame", "said"), [(2, -1, "layer 2"), (0, 1, "frame 1"), (0, -2, "frame -2")]
+)
+def test_what_cannot_be_ends_the_process(layer: int, frame: int, said: str) -> None:
+    script = f"""
+{A_LANE}
+with lane:
     mailbox.request[1:] = torch.tensor([{layer}, {frame}])
     mailbox.request[0] = 1
     time.sleep(20)
