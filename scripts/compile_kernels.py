@@ -87,15 +87,13 @@ def decode_steps(config: ModelConfig, weights: Any, layouts: RecordLayouts, rows
     from gpu_worker.cuda.decode_model import DecodeModel
     from gpu_worker.cuda.device_slots import DeviceSlots
     from gpu_worker.cuda.kernels.best_token import best_token
-    from gpu_worker.cuda.kernels.lane import Lane
+    from gpu_worker.cuda.kernels.lane import SHARES, Lane
     from gpu_worker.cuda.step_experts import SlotSteps
     from gpu_worker.kernels.expert_lane import Mailbox
     from gpu_worker.model.states import StatePools
 
     device, experts, k = torch.device("cpu"), config.n_routed_experts, config.num_experts_per_tok
-    noted = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
-    computed = torch.zeros(config.num_layers, dtype=torch.int64)
-    lane = Lane(*Mailbox.allocate(layouts, k, pinned=False), *noted, computed)
+    lane = Lane.of(Mailbox.allocate(layouts, k, pinned=False), config.num_layers, SHARES.value, device)
     gates = [block.mixer.gate for block in weights.blocks if hasattr(block.mixer, "gate")]
     model, pools = DecodeModel(config, weights), StatePools(config, 4, CONTEXT, torch.bfloat16, device)
     for slots in (SLOTS, experts):

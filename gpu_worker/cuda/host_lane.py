@@ -48,13 +48,7 @@ class HostLane:
     ) -> None:
         """frames (n, stride) uint8 on the host, never reused; pairs: of a step of one sequence."""
         mailbox = Mailbox.allocate(layouts, pairs, pinned=device.type == "cuda")
-        self.tensors = Lane(
-            *mailbox,
-            heard=torch.zeros(1, dtype=torch.int32, device=device),
-            posted=torch.zeros(1, dtype=torch.int32, device=device),
-            share=torch.full((1,), share, dtype=torch.int32, device=device),
-            computed=torch.zeros(len(layouts.layers), dtype=torch.int64, device=device),
-        )
+        self.tensors = Lane.of(mailbox, len(layouts.layers), share, device)
         self._lane = ExpertLane(layouts, frames, mailbox)
         self._lane.start()
 

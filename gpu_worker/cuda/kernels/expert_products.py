@@ -66,9 +66,9 @@ def combine_plain(products: Products, weights: Tensor, shared: Tensor, residual:
     ranked = products.here.view(rows, k, -1)
     if products.lane is not None and products.slot_ids is not None:
         elsewhere = (products.slot_ids[:k] == HANDED_OVER.value)[None, :, None]
-        while elsewhere.any() and int(products.lane.answered) != int(products.lane.posted):
+        while elsewhere.any() and int(products.lane.mailbox.answered) != int(products.lane.posted):
             pass
-        ranked = torch.where(elsewhere, products.lane.products.to(ranked.device), ranked)
+        ranked = torch.where(elsewhere, products.lane.mailbox.products.to(ranked.device), ranked)
     total = ranked[:, 0] * weights[:, :1]
     for rank in range(1, k):
         total = total + ranked[:, rank] * weights[:, rank : rank + 1]
@@ -131,7 +131,7 @@ def combine(products: Products, weights: Tensor, shared: Tensor, residual: Tenso
     grid = (triton.cdiv(hidden, block), rows)
     answer: tuple[Tensor | None, ...] = (None,) * 5
     if lane is not None:
-        answer = (products.slot_ids, lane.posted, lane.answered, lane.heard, lane.products)
+        answer = (products.slot_ids, lane.posted, lane.mailbox.answered, lane.heard, lane.mailbox.products)
     _combine_kernel[grid](
         products.here, weights, shared, residual, hidden, *answer,
         K=k, PAIRS=triton.next_power_of_2(k), BLOCK=block, LANE=lane is not None, num_warps=1,

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gpu_worker.cuda.kernels.memory_order import acquired, acquired_from_host, pause
 from gpu_worker.cuda.kernels.orders import GIVEN_UP, Orders
+from gpu_worker.kernels.expert_lane import Mailbox
 
 HANDED_OVER = tl.constexpr(-2)  # instead of a slot id
 SHARES = tl.constexpr(16)
@@ -29,14 +31,17 @@ _EVERY = tl.constexpr(16)
 class Lane(NamedTuple):
     """The mailbox, in page-locked memory of the host, and what the device notes; int32 unless said."""
 
-    request: Tensor  # (2 + pairs,): a number, written last; the layer; the frame of each pair's expert, or -1
-    x: Tensor  # (columns,) float32: the activations of the request, rotated
-    answered: Tensor  # (1,): the number of the last request that was answered
-    products: Tensor  # (pairs, hidden) float32: the answer
+    mailbox: Mailbox
     heard: Tensor  # (1,): the number of the last request whose answer a kernel has waited for
     posted: Tensor  # (1,): the number of the last request
     share: Tensor  # (1,): of experts that could be handed over, in SHARES-ths: see `_share_of`
     computed: Tensor  # (layers,) int64: experts that were handed over
+
+    @staticmethod
+    def of(mailbox: Mailbox, layers: int, share: int, device: torch.device) -> Lane:
+        """Nothing posted yet."""
+        heard, posted, shares = torch.tensor([0, 0, share], dtype=torch.int32, device=device).split(1)
+        return Lane(mailbox, heard, posted, shares, torch.zeros(layers, dtype=torch.int64, device=device))
 
 
 def hand_over_plain(
@@ -71,12 +76,13 @@ def hand_over_plain(
     kept_up -= len(given_up)
     lane.computed[layer] += len(handed)
     if handed:
-        lane.x.copy_(x.flatten())
-        lane.request[1] = layer
+        request = lane.mailbox.request
+        lane.mailbox.x.copy_(x.flatten())
+        request[1] = layer
         for pair, expert in enumerate(chosen):
-            lane.request[2 + pair] = int(frame_of[layer, expert]) if expert in handed else -1
+            request[2 + pair] = int(frame_of[layer, expert]) if expert in handed else -1
         lane.posted.add_(1)
-        lane.request[0] = lane.posted[0]
+        request[0] = lane.posted[0]
     return handed, slots
 
 

@@ -94,7 +94,7 @@ def reserve(
     """As `reserve_plain`, a layer a program; 128 pairs a layer at most."""
     pairs, slots = choices[0].numel(), directory.expert_of.shape[1]
     _reserve_kernel[(len(choices),)](
-        choices, first, slots, *directory[:5], *awaited, *orders, frame_of, enabled,
+        choices, first, slots, *directory, *awaited, *orders, frame_of, enabled,
         MOST=most_guesses(slots, pairs),
         **deciding(pairs, directory, orders, policy, stride),
     )  # fmt: skip
@@ -102,7 +102,7 @@ def reserve(
 
 @triton.jit(do_not_specialize=["first", "slots"])
 def _reserve_kernel(
-    choices, first, slots, slot_of, expert_of, last_used, uses, clock,
+    choices, first, slots, slot_of, expert_of, last_used, uses, clock, _found_and_missed,
     awaited_expert, counters, order_frame, order_slot, claimed, done, due, frame_of, enabled,
     EXPERTS: tl.constexpr, PAIRS: tl.constexpr, PADDED_SLOTS: tl.constexpr,
     PADDED_PAIRS: tl.constexpr, ORDERS: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr,

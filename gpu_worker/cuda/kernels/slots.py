@@ -119,10 +119,12 @@ def resolve(
 ) -> None:
     """As `resolve_plain`, in one program."""
     assert (lane is None) == (x is None)
-    mailbox = (None,) * 6 if lane is None else (x, lane.request, lane.x, *lane[5:])
+    told: tuple[Tensor | None, ...] = (None,) * 6
+    if lane is not None:
+        told = (x, lane.mailbox.request, lane.mailbox.x, lane.posted, lane.share, lane.computed)
     _resolve_kernel[(1,)](
         choices, layer, directory.expert_of.shape[1], *directory, *awaited, *orders, frame_of, slot_ids,
-        *mailbox, COLUMNS=0 if x is None else x.numel(), STRIDE=stride,
+        *told, COLUMNS=0 if x is None else x.numel(), STRIDE=stride,
         **deciding(choices.numel(), directory, orders, policy, stride),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from gpu_worker.cuda.kernels import expert_products, slots
 from gpu_worker.cuda.kernels.lane import HANDED_OVER, SHARES, Lane
 from gpu_worker.cuda.kernels.orders import AHEAD, GIVEN_UP, Orders, chunks_of, no_orders
 from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory
+from gpu_worker.kernels.expert_lane import Mailbox
 
 LAYERS, EXPERTS, SLOTS, PAIRS, COLUMNS, HIDDEN, STRIDE = 2, 24, 12, 4, 640, 300, 4096 * 5
 LAYER, FIRST_FRAME, ALL = 1, EXPERTS, SHARES.value
@@ -25,12 +26,11 @@ def lane(device: torch.device, share: int) -> Lane:
     def host(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.full(shape, 77, dtype=dtype, pin_memory=pinned)
 
-    answered = host(1).zero_()
-    mailbox = host(2 + PAIRS), host(COLUMNS, dtype=torch.float32), answered
-    heard, posted = (torch.tensor([n], dtype=torch.int32, device=device) for n in (4, 5))
-    shares = torch.tensor([share], dtype=torch.int32, device=device)
-    products, computed = host(PAIRS, HIDDEN, dtype=torch.float32), torch.zeros(LAYERS, dtype=torch.int64)
-    return Lane(*mailbox, products, heard, posted, shares, computed.to(device))
+    x, products = host(COLUMNS, dtype=torch.float32), host(PAIRS, HIDDEN, dtype=torch.float32)
+    made = Lane.of(Mailbox(host(2 + PAIRS), x, host(1).zero_(), products), LAYERS, share, device)
+    made.heard.fill_(4)
+    made.posted.fill_(5)
+    return made
 
 
 def tables(resident: list[int], coming: list[int], begun: int, clock: int, device: torch.device) -> list:
@@ -72,8 +72,8 @@ def resolved(
 
 
 def flat(result: tuple) -> list:
-    mailbox, *rest, slot_ids = result
-    return [t.tolist() for table in (mailbox, *rest) for t in table] + [slot_ids.tolist()]
+    told, *rest, slot_ids = result
+    return [t.tolist() for table in (told.mailbox, told[1:], *rest) for t in table] + [slot_ids.tolist()]
 
 
 experts = st.integers(0, EXPERTS - 1)
@@ -110,19 +110,19 @@ def test_handing_over(
 def test_whose_turn_it_is(device: torch.device, share: int) -> None:
     """Of two that nobody foresaw, one guess that is being copied and one that is not, and nothing else."""
     choices = [9, 3, 7, 1]
-    mailbox, directory, awaited, orders, slot_ids = resolved(
+    told, directory, awaited, orders, slot_ids = resolved(
         slots.resolve, device, share, choices, [], [9, 1], 1, 0
     )
     handed = {0: [], 8: [3, 7], ALL: [3, 7, 1]}[share]
     assert [slot == HANDED_OVER.value for slot in slot_ids[:4].tolist()] == [e in handed for e in choices]
-    assert int(mailbox.posted) == 5 + bool(handed)
+    assert int(told.posted) == 5 + bool(handed)
     if handed:
         frames = [FIRST_FRAME + expert if expert in handed else -1 for expert in choices]
-        assert mailbox.request.tolist() == [6, LAYER, *frames]
-        assert mailbox.x.tolist() == list(range(COLUMNS))
+        assert told.mailbox.request.tolist() == [6, LAYER, *frames]
+        assert told.mailbox.x.tolist() == list(range(COLUMNS))
     else:
-        assert mailbox.request.tolist() == [77] * (2 + PAIRS)
-    assert mailbox.computed.tolist() == [0, len(handed)]
+        assert told.mailbox.request.tolist() == [77] * (2 + PAIRS)
+    assert told.computed.tolist() == [0, len(handed)]
     assert directory.counters[LAYER].tolist() == [2 - (1 in handed), 2 + (1 in handed)]
     assert int(directory.slot_of[LAYER, 9]) == SLOTS - 1, "who has begun goes on"
     assert (int(orders.claimed[LAYER, 1]) == GIVEN_UP.value) == (1 in handed)
@@ -149,7 +149,8 @@ def test_everyone_gets_a_slot_at_times(device: torch.device) -> None:
 
 def test_an_answer_is_waited_for_and_taken(device: torch.device) -> None:
     """Pairs that were not handed over come from the device, whatever lies in the mailbox."""
-    mailbox = lane(device, ALL)
+    asked = lane(device, ALL)
+    mailbox = asked.mailbox
     slot_ids = torch.tensor([2, HANDED_OVER.value, 0, HANDED_OVER.value], dtype=torch.int32, device=device)
     here, there = torch.randn(2, PAIRS, HIDDEN)
     weights, shared, residual = torch.rand(1, PAIRS), torch.randn(1, HIDDEN), torch.randn(1, HIDDEN)
@@ -165,7 +166,7 @@ def test_an_answer_is_waited_for_and_taken(device: torch.device) -> None:
 
     thread = threading.Thread(target=answer)
     thread.start()
-    products = expert_products.Products(poisoned, mailbox, slot_ids)
+    products = expert_products.Products(poisoned, asked, slot_ids)
     arguments = weights.to(device), shared.to(device), residual.to(device)
     plain = expert_products.combine_plain(products, *arguments)
     mailbox.answered.fill_(0)
