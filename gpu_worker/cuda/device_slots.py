@@ -142,6 +142,11 @@ class DeviceSlots:
         counters.bytes_fetched = counters.misses * self.pool.shape[2] + ahead
         return counters
 
+    def start_counting(self) -> None:
+        """Forget what was counted so far; between steps."""
+        self.directory.counters.zero_()
+        self.awaited.counters.zero_()
+
     def columns(self, layer: int) -> list[Tensor]:
         """What is known of a layer's slots, as `layer_state` takes it: to be brought to the host."""
         columns = (self.directory.expert_of, self.directory.last_used, self.directory.uses)

@@ -42,6 +42,7 @@ class DeviceEngine(Engine):
         # Capturing decoded token 0 at places that are free: as new again.
         for place in range(pools.sequences):
             pools.reset(place)
+        experts.start_counting()
 
     def close(self) -> None:
         self._device_experts.close()

@@ -125,6 +125,12 @@ class DeviceExperts:
         """A prompt's: see `RoutedExperts`."""
         return self._prompts.compute(layer, x, choices, weights)
 
+    def start_counting(self) -> None:
+        """Forget what steps have counted so far; between steps."""
+        self.cache.start_counting()
+        if self._lane is not None:
+            self._lane.tensors.computed.zero_()
+
     def check_integrity(self) -> None:
         self.cache.check_integrity()
 

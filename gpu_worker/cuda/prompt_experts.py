@@ -76,10 +76,11 @@ class PromptExperts:
         slot_of = {expert: slot for slot, expert in enumerate(residents[0]) if expert != ABSENT}
         resident = [expert for expert in needed if expert in slot_of]
         missing = [expert for expert in needed if expert not in slot_of]
-        counted = self._counters.layers[layer]
-        counted.hits += len(resident)
-        counted.misses += len(missing)
         keys = [ExpertKey(layer, expert) for expert in missing]
+        ahead = len(self._ring.here.intersection(keys))
+        counted = self._counters.layers[layer]
+        counted.hits += len(resident) + ahead
+        counted.misses += len(missing) - ahead
         self._ring.fill(keys)  # before anything is computed: these are on their way meanwhile
 
         kernel, k = self._kernels[layer], choices.shape[1]

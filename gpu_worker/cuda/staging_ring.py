@@ -44,18 +44,24 @@ class StagingRing:
         self._copies, self._fetch, self._device = copies, fetch, device
         self._records = torch.empty(GROUPS, WAVE, stride, dtype=torch.uint8, device=device)
         self._free, self._filled = deque(range(GROUPS)), deque[_Wave]()
-        self._last_use: list[torch.cuda.Event | None] = [None] * GROUPS
+        # Copies have a stream of their own: what lay here before may be in use until now.
+        self._last_use = [now(device)] * GROUPS
 
     @property
     def nbytes(self) -> int:
         return self._records.nbytes
+
+    @property
+    def here(self) -> set[ExpertKey]:
+        """Those that are filled, or on their way."""
+        return {key for wave in self._filled for key in wave.keys}
 
     def fill(self, keys: Iterable[ExpertKey], ahead: bool = False) -> None:
         """Start fetching those of `keys` that are not here yet, in order, as far as the ring reaches.
 
         `ahead`: it is not known yet whether they will be wanted. Raises what `Fetcher.stage` raises.
         """
-        here = {key for wave in self._filled for key in wave.keys}
+        here = self.here
         missing = [key for key in keys if key not in here]
         for start in range(0, len(missing), WAVE):
             if not self._free:
@@ -86,6 +92,7 @@ class StagingRing:
             for key, _ in useful:
                 del wanted[key]
             self.fill(wanted)
+        assert not wanted, "a record was neither here nor fetched"
 
     def _fill(self, keys: list[ExpertKey], ahead: bool) -> None:
         group = self._free[0]

@@ -20,7 +20,8 @@ class LayerCounters:
 class CacheCounters:
     """Since the start: experts found in a slot or not, layer by layer; what fetching moved.
 
-    An expert counts once a step, however many rows chose it. One that was copied ahead counts as found, even
+    An expert counts once a step, however many rows chose it; but where a GPU holds all of them and looks none
+    up, each row's choice counts. One that was copied ahead counts as found, even
     where the step had to wait for the rest of it; its bytes count as fetched, needed or not.
     """
 

@@ -61,6 +61,8 @@ def test_the_cpu_computes_the_same(
 ) -> None:
     """Of prompts, and of a step of two sequences side by side."""
     with engine_of(checkpoint, Fetcher(link), 7, device) as engine:  # type: ignore[arg-type]
+        fresh = engine.experts.counters
+        assert (fresh.hits, fresh.misses, fresh.bytes_fetched) == (0, 0, 0), "capturing counts"
         places = [engine.take_place(), engine.take_place()]
         for place, prompt, (_, logits) in zip(places, PROMPTS, expected, strict=True):
             check(engine.logits(engine.prefill(place, prompt)[-1:])[0], logits[0])

@@ -194,3 +194,8 @@ def test_a_chunk_that_needs_nearly_all_starts_on_the_next_layer(
             experts.compute(0, x, chosen, weights)
             counted = experts.counters.since(before)
             assert counted.bytes_fetched == (counted.misses + ahead) * checkpoint.layout.stride
+        experts.expect(1, chosen)
+        before = experts.counters
+        experts.compute(1, x, chosen, weights)
+        layer = experts.counters.since(before).layers[1]
+        assert (layer.hits, layer.misses) == (ahead, 8 - ahead), "what was on its way counts as found"
