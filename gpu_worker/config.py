@@ -110,7 +110,13 @@ class WorkerConfig(MetricsConfig, ServerConfig):
             parse=_parse_prefix_cache,
         ),
     ] = None
-    policy: Annotated[str, Option("Which slot to give up: lru or lfru.")] = "lru"
+    policy: Annotated[
+        str,
+        Option(
+            "Which slot to give up: lru, whose expert was used least recently, or lfru, whose expert has the "
+            "fewest uses for its age."
+        ),
+    ] = "lfru"
     prefetch: Annotated[
         str,
         Option("Bring the next layer's experts early, to RAM or a slot: auto (while it pays), on or off."),

@@ -211,7 +211,7 @@ def _engine(
         log.info("no slots (%s)", reason)
         experts = DirectExperts(layout, fetcher, hints)
     else:
-        experts = SlotExperts(layout, slots, config.policy, fetcher, hints)
+        experts = SlotExperts(layout, slots, model.n_routed_experts, config.policy, fetcher, hints)
         log.info("%d slots a layer (%s): %s", slots, reason, format_bytes(experts.nbytes))
     return Engine(NemotronH(model, weights, experts), pools, experts)
 

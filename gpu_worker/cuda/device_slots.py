@@ -15,7 +15,7 @@ such a store are never reused, so a record needs no second look at the arena's d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
@@ -29,14 +29,14 @@ from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory
 from gpu_worker.cuda.transfers import Download, upload
 from gpu_worker.slots.cache import LayerState
 from gpu_worker.slots.counters import CacheCounters, LayerCounters
-from gpu_worker.slots.policies import POLICIES, Usage
+from gpu_worker.slots.policies import POLICIES
 
 MAX_PAIRS = 128  # the look-up compares all pairs of a step in one program
 
 
-def layer_state(clock: Sequence[int], experts: list[int], *usage: Sequence[int]) -> LayerState:
+def layer_state(clock: list[int], experts: list[int], last_used: list[int], uses: list[int]) -> LayerState:
     """What `DeviceSlots.columns` say, once they are on the host."""
-    return LayerState(clock[0], experts, [Usage(*pair) for pair in zip(*usage, strict=True)])
+    return LayerState(clock[0], experts, last_used, uses)
 
 
 class DeviceSlots:
@@ -74,7 +74,7 @@ class DeviceSlots:
             slot_of=ints(layers, experts, value=ABSENT),
             expert_of=ints(layers, slots, value=ABSENT),
             last_used=ints(layers, slots),
-            uses=ints(layers, slots),
+            uses=ints(layers, experts),
             clock=ints(layers),
             counters=ints(layers, 2, dtype=torch.int64),
         )
@@ -163,20 +163,19 @@ class DeviceSlots:
         for slot, expert in enumerate(state.experts):
             if expert != ABSENT:
                 slot_of[expert] = slot
-        last_used, uses = zip(*((usage.last_used, usage.uses) for usage in state.usage), strict=True)
-        values = (slot_of, state.experts, last_used, uses, [state.clock])
+        values = (slot_of, state.experts, state.last_used, state.uses, [state.clock])
         uploaded = upload(list(chain(*values)), self.pool.device, torch.int32).split([*map(len, values)])
         for tensor, row in zip(self.directory, uploaded, strict=False):  # all but the counters
             tensor[layer] = row if tensor.dim() > 1 else row[0]
 
     def settle(self, layer: int, slot_of: Mapping[int, int]) -> None:
-        """Some experts are in free slots now, as if used once in the last step; their records come there."""
+        """Some experts are in free slots now, as if the last step had used them; their records come there."""
         experts, slots = upload([*slot_of, *slot_of.values()], self.pool.device).view(2, -1)
         directory = self.directory
         directory.slot_of[layer].index_copy_(0, experts, slots.int())
         directory.expert_of[layer].index_copy_(0, slots, experts.int())
         directory.last_used[layer].index_copy_(0, slots, directory.clock[layer].expand(len(slot_of)))
-        directory.uses[layer].index_fill_(0, slots, 1)
+        directory.uses[layer].index_add_(0, experts, torch.ones_like(experts, dtype=torch.int32))
 
     def check_integrity(self) -> None:
         """To be called between steps; waits for the device. Conservation: both directions say the same."""

@@ -9,28 +9,31 @@ only: bytes are moved by `fetch`, victims chosen by `policies`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from gpu_worker.slots.policies import Policy, Usage
+from gpu_worker.slots.policies import FADING, RETIRED, Policy, Usage
 
 
 class LayerState(NamedTuple):
-    """What there is to know of one layer's slots between steps; lists by slot."""
+    """What there is to know of one layer's slots between steps; lists by slot unless said."""
 
     clock: int
     experts: list[int]  # -1 when free
-    usage: list[Usage]
+    last_used: list[int]  # the clock at the last use
+    uses: list[int]  # by expert: steps that chose it, those longer ago for less
 
 
 class LayerSlots:
     """Owns the slots of one layer. Invariant: every slot is free, filling or resident, in one place only."""
 
-    def __init__(self, slots: int, policy: Policy) -> None:
+    def __init__(self, slots: int, experts: int, policy: Policy) -> None:
         assert slots >= 1
         self.slots = slots
         self._policy = policy
         self._clock = 0
-        self._usage = [Usage() for _ in range(slots)]
+        self._last_used = [0] * slots
+        self._uses = [0] * experts
         self._free = list(range(slots - 1, -1, -1))  # popped from the end: slot 0 first
         self._filling: dict[int, int] = {}  # expert -> slot
         self._resident: dict[int, int] = {}  # expert -> slot
@@ -39,8 +42,8 @@ class LayerSlots:
     @classmethod
     def resumed(cls, state: LayerState, policy: Policy) -> LayerSlots:
         """Slots that go on from `state`."""
-        slots = cls(len(state.experts), policy)
-        slots._clock, slots._usage = state.clock, state.usage
+        slots = cls(len(state.experts), len(state.uses), policy)
+        slots._clock, slots._last_used, slots._uses = state.clock, [*state.last_used], [*state.uses]
         slots._resident = {expert: slot for slot, expert in enumerate(state.experts) if expert >= 0}
         slots._free = [slot for slot in range(slots.slots - 1, -1, -1) if state.experts[slot] < 0]
         return slots
@@ -51,7 +54,7 @@ class LayerSlots:
         experts = [-1] * self.slots
         for expert, slot in self._resident.items():
             experts[slot] = expert
-        return LayerState(self._clock, experts, self._usage)
+        return LayerState(self._clock, experts, [*self._last_used], [*self._uses])
 
     @property
     def free(self) -> int:
@@ -69,19 +72,21 @@ class LayerSlots:
         """The slot of an expert that must be resident."""
         return self._resident[expert]
 
-    def tick(self) -> None:
-        """A new step of this layer begins."""
+    def begin(self, chosen: Iterable[int]) -> None:
+        """A new step of this layer begins, and will use these experts."""
         self._clock += 1
+        if self._clock % FADING == 0:
+            self._uses = [(uses + 1) // 2 for uses in self._uses]
+        for expert in chosen:
+            self._uses[expert] += 1
 
     def touch(self, expert: int) -> None:
-        """Note that this step uses a resident expert."""
-        usage = self._usage[self._resident[expert]]
-        usage.last_used = self._clock
-        usage.uses += 1
+        """This step uses a resident expert."""
+        self._last_used[self._resident[expert]] = self._clock
 
     def retire(self, expert: int) -> None:
         """Let a resident expert be the next victim: it only passed through."""
-        self._usage[self._resident[expert]] = Usage()
+        self._last_used[self._resident[expert]] = RETIRED
 
     def reserve(self, expert: int) -> int:
         """A slot to fill with `expert`; evicts by policy when none is free. One must be unpinned."""
@@ -96,7 +101,7 @@ class LayerSlots:
         """The record lies in its slot, whole."""
         slot = self._filling.pop(expert)
         self._resident[expert] = slot
-        self._usage[slot] = Usage(self._clock, 1)
+        self._last_used[slot] = self._clock
 
     def abandon(self, expert: int) -> None:
         """The fetch failed; the slot is free again."""
@@ -119,5 +124,8 @@ class LayerSlots:
     def _evict_one(self) -> None:
         evictable = {slot: expert for expert, slot in self._resident.items() if expert not in self._pins}
         assert evictable, "every slot is pinned or filling"
-        victim = self._policy(self._clock, [(slot, self._usage[slot]) for slot in sorted(evictable)])
+        usage = [
+            (slot, Usage(self._last_used[slot], self._uses[evictable[slot]])) for slot in sorted(evictable)
+        ]
+        victim = self._policy(self._clock, usage)
         self._free.append(self._resident.pop(evictable[victim]))

@@ -32,12 +32,14 @@ class SlotExperts:
         self,
         layout: RecordLayouts,
         slots: int,
+        experts: int,
         policy: str,
         fetcher: Fetcher,
         hints: Hints,
     ) -> None:
+        """`slots` and `experts`: of each layer."""
         self.counters = CacheCounters.of_layers(len(layout.layers))
-        self.layers = [LayerSlots(slots, POLICIES[policy]) for _ in layout.layers]
+        self.layers = [LayerSlots(slots, experts, POLICIES[policy]) for _ in layout.layers]
         self.hints = hints
         self._policy_name = policy
         self._fetch = CountedFetch(fetcher.fetch, self.counters, hints.note_misses)

@@ -19,7 +19,7 @@ Fill = Callable[[Places], None]
 
 def waves(slots: LayerSlots, needed: list[int], counters: LayerCounters, fill: Fill) -> Iterator[Places]:
     """Experts in their slots, pinned while the caller computes from them; together all of `needed`."""
-    slots.tick()
+    slots.begin(needed)
     hits = [expert for expert in needed if slots.lookup(expert) is not None]
     misses = [expert for expert in needed if slots.lookup(expert) is None]
     counters.hits += len(hits)

@@ -18,6 +18,7 @@ import gateway
 import kernels
 import loading
 import machine
+import policies
 import records
 import round_trip
 import scheduler_share
@@ -38,6 +39,7 @@ GROUPS: dict[str, Callable[[], Iterator[Any]]] = {
     "clients": clients.benchmark,
     "gateway": gateway.benchmark,
     "scheduler": scheduler_share.benchmark,
+    "policies": policies.benchmark,
 }
 FULL = "full"
 

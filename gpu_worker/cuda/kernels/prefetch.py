@@ -64,7 +64,7 @@ def reserve_plain(
         for order, expert, slot in zip(open_orders, wanted, slots, strict=False):
             if expert_of[slot] != ABSENT:
                 slot_of[expert_of[slot]] = ABSENT
-            expert_of[slot], directory.uses[layer, slot] = ABSENT, 0
+            expert_of[slot] = ABSENT
             awaited.expert[layer, order] = expert
             awaited.counters[layer, 0] += 1
             orders.frame[layer, order], orders.slot[layer, order] = frame_of[layer, expert], slot
@@ -115,7 +115,7 @@ def _reserve_kernel(
     layer = first + tl.program_id(0)
     slot_of += layer * EXPERTS
     expert_of += layer * slots
-    uses += layer * slots
+    uses += layer * EXPERTS
     counters += layer * 3
     awaited_expert += layer * AHEAD + guess
     order = layer * ORDERS + guess
@@ -124,7 +124,7 @@ def _reserve_kernel(
     place = tl.load(slot_of + expert, mask=chosen, other=-1)
     resident = tl.load(expert_of + slot, mask=exists, other=-1)
     recency = tl.load(last_used + layer * slots + slot, mask=exists, other=0)
-    frequency = tl.load(uses + slot, mask=exists, other=0)
+    frequency = tl.load(uses + resident, mask=resident >= 0, other=0)
     now = tl.load(clock + layer) + 1
     on = tl.load(enabled)
     awaited = tl.load(awaited_expert, mask=guess < AHEAD, other=-1)
@@ -161,7 +161,6 @@ def _reserve_kernel(
     tl.debug_barrier()
     tl.store(slot_of + resident, -1, mask=taken & (resident >= 0))
     tl.store(expert_of + slot, -1, mask=taken)
-    tl.store(uses + slot, 0, mask=taken)
     tl.store(awaited_expert, tl.where(made, its_expert, awaited), mask=guess < AHEAD)
     kept_up = tl.sum(made.to(tl.int64) - dropped.to(tl.int64), 0)
     tl.atomic_add(counters, kept_up, sem="relaxed")

@@ -19,9 +19,12 @@ from torch import Tensor
 from gpu_worker.cuda.kernels.lane import HANDED_OVER, Lane, hand_over, hand_over_plain
 from gpu_worker.cuda.kernels.orders import AHEAD, GIVEN_UP, Orders, chunks_of, lanes, order_copies
 from gpu_worker.cuda.kernels.overlap import overlapping, wait_for_inputs
+from gpu_worker.slots import policies
 from gpu_worker.slots.policies import POLICIES, Usage
 
 ABSENT = -1
+FADING = tl.constexpr(policies.FADING)
+_LEAST = tl.constexpr(-(1 << 31))  # below the last use of what is retired; times any age it is an int64 yet
 
 
 class Directory(NamedTuple):
@@ -30,7 +33,7 @@ class Directory(NamedTuple):
     slot_of: Tensor  # (layers, experts), -1 when absent
     expert_of: Tensor  # (layers, slots), -1 when free
     last_used: Tensor  # (layers, slots), the clock at the last use
-    uses: Tensor  # (layers, slots), since the expert came
+    uses: Tensor  # (layers, experts), steps that chose it, those longer ago for less: see `policies`
     clock: Tensor  # (layers,), steps
     counters: Tensor  # (layers, 2), hits and misses, each expert counted once a step
 
@@ -69,31 +72,32 @@ def resolve_plain(
     x, some of what is absent is handed over, and counts as missing: see `lane.hand_over_plain`.
     """
     needed = sorted(set(choices.flatten().tolist()))
-    slot_of, expert_of = directory.slot_of[layer], directory.expert_of[layer]
+    slot_of, expert_of, uses = directory.slot_of[layer], directory.expert_of[layer], directory.uses[layer]
+    directory.clock[layer] += 1
+    clock = int(directory.clock[layer])
+    if clock % FADING.value == 0:
+        uses.copy_((uses + 1) // 2)
+    uses[needed] += 1
     handed: list[int] = []
     given_up: list[int] = []
     if lane is not None:
         assert x is not None
         guesses = awaited.expert[layer], awaited.counters[layer, 0]
         handed, given_up = hand_over_plain(
-            choices, layer, slot_of, int(directory.clock[layer]) + 1, *guesses, orders, frame_of, x, lane
+            choices, layer, slot_of, clock, *guesses, orders, frame_of, x, lane
         )
         needed = [expert for expert in needed if expert not in handed]
     given_up += _settle_awaited(layer, directory, awaited, orders, needed, stride)
     absent = [expert for expert in needed if slot_of[expert] == ABSENT]
     places = [int(slot_of[expert]) for expert in needed if slot_of[expert] != ABSENT]
-    directory.clock[layer] += 1
     directory.counters[layer] += torch.tensor([len(places), len(absent) + len(handed)]).to(directory.counters)
-    directory.last_used[layer, places] = directory.clock[layer]
-    directory.uses[layer, places] += 1
-    clock = int(directory.clock[layer])
+    directory.last_used[layer, places] = clock
     filled = slots_to_fill(layer, policy, directory, clock, {*places, *given_up}, len(absent))
     for expert, slot in zip(absent, filled, strict=False):
         if expert_of[slot] != ABSENT:
             slot_of[expert_of[slot]] = ABSENT
         slot_of[expert], expert_of[slot] = slot, expert
-    directory.last_used[layer, filled] = directory.clock[layer]
-    directory.uses[layer, filled] = 1
+    directory.last_used[layer, filled] = clock
     missed = slice(AHEAD, AHEAD + len(filled))
     orders.frame[layer, missed] = frame_of[layer, absent[: len(filled)]]
     orders.slot[layer, missed] = torch.tensor(filled, dtype=torch.int32)
@@ -125,6 +129,7 @@ def resolve(
     _resolve_kernel[(1,)](
         choices, layer, directory.expert_of.shape[1], *directory, *awaited, *orders, frame_of, slot_ids,
         *told, COLUMNS=0 if x is None else x.numel(), STRIDE=stride,
+        PADDED_EXPERTS=triton.next_power_of_2(directory.slot_of.shape[1]),
         **deciding(choices.numel(), directory, orders, policy, stride),
     )  # fmt: skip
 
@@ -173,7 +178,7 @@ def slots_to_fill(
     free = [slot for slot, expert in enumerate(expert_of) if expert == ABSENT and slot not in in_use]
     chosen = free[:wanted]
     usage = {
-        slot: Usage(last_used[slot], uses[slot])
+        slot: Usage(last_used[slot], uses[expert])
         for slot, expert in enumerate(expert_of)
         if expert != ABSENT and slot not in in_use
     }
@@ -191,10 +196,10 @@ def worth(last_used, uses, now, free, FREQUENCY: tl.constexpr):
     A policy's own order, below which are the free slots, equal among themselves.
     """
     if FREQUENCY:
-        numerator, denominator = uses.to(tl.int64), (now - last_used + 1).to(tl.int64)
+        numerator, denominator = uses.to(tl.int64), now.to(tl.int64) - last_used + 1
     else:
         numerator, denominator = last_used.to(tl.int64), tl.full(last_used.shape, 1, tl.int64)
-    return tl.where(free, -1, numerator), tl.where(free, 1, denominator)
+    return tl.where(free, _LEAST, numerator), tl.where(free, 1, denominator)
 
 
 @triton.jit
@@ -205,6 +210,15 @@ def turns(may_go, numerator, denominator, slot):
     ours = numerator[:, None] * denominator[None, :]
     before = (theirs < ours) | ((theirs == ours) & (slot[None, :] < slot[:, None]))
     return tl.sum((before & may_go[None, :]).to(tl.int32), 1)
+
+
+@triton.jit
+def _fade(uses, EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr):
+    """Halve the uses of a layer's experts, rounded up; nobody's load of them comes after a store of this."""
+    every = tl.arange(0, PADDED_EXPERTS)
+    halves = (tl.load(uses + every, mask=every < EXPERTS, other=0) + 1) // 2
+    tl.debug_barrier()
+    tl.store(uses + every, halves, mask=every < EXPERTS)
 
 
 @triton.jit
@@ -223,7 +237,7 @@ def among(which, slot):
 @triton.jit
 def _take_slots(
     pair, expert, missing, first, misses, may_go, slot, resident, recency, frequency, now,
-    slot_of, expert_of, last_used, uses, slot_ids, FREQUENCY: tl.constexpr,
+    slot_of, expert_of, last_used, slot_ids, FREQUENCY: tl.constexpr,
 ):  # fmt: skip
     """Each missing pair's place in the ascending order of misses, and the slot whose turn that is, or -1.
 
@@ -232,7 +246,6 @@ def _take_slots(
     turn = turns(may_go, *worth(recency, frequency, now, resident < 0, FREQUENCY), slot)
     emptied = may_go & (turn < misses)
     tl.store(last_used + slot, now, mask=emptied)
-    tl.store(uses + slot, 1, mask=emptied)
     tl.store(slot_of + resident, -1, mask=emptied & (resident >= 0))
     order = tl.sum(((first & missing)[None, :] & (expert[None, :] < expert[:, None])).to(tl.int32), 1)
     taken = tl.max(tl.where(may_go[None, :] & (turn[None, :] == order[:, None]), slot[None, :], -1), 1)
@@ -258,14 +271,13 @@ def _settle_guesses(guess, right, wrong, counters, claimed, due, CHUNKS: tl.cons
 
 @triton.jit
 def _note_use(
-    pair, first, found, handed, place, misses, slot, in_use, frequency, now, awaited, its_slot, arrived,
-    slot_of, expert_of, last_used, uses, counters, slot_ids, awaited_expert,
+    pair, first, found, handed, place, misses, slot, in_use, now, awaited, its_slot, arrived,
+    slot_of, expert_of, last_used, counters, slot_ids, awaited_expert,
 ):  # fmt: skip
     """Store what is known before anything is missing: who was found where, and whose guess has come true."""
     tl.atomic_add(counters, tl.sum((first & found).to(tl.int64), 0), sem="relaxed")
     tl.atomic_add(counters + 1, misses.to(tl.int64) + tl.sum(handed.to(tl.int64), 0), sem="relaxed")
     tl.store(last_used + slot, now, mask=in_use)
-    tl.store(uses + slot, frequency + 1, mask=in_use)
     tl.store(slot_ids + pair, tl.where(handed, HANDED_OVER, place), mask=found | handed)
     tl.store(slot_of + awaited, its_slot, mask=arrived)
     tl.store(expert_of + its_slot, awaited, mask=arrived)
@@ -277,15 +289,16 @@ def _resolve_kernel(
     choices, layer, slots, slot_of, expert_of, last_used, uses, clock, counters,
     awaited_expert, awaited_counters, order_frame, order_slot, claimed, done, due, frame_of, slot_ids,
     x, request, lane_x, posted, share, computed,
-    COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr, PADDED_SLOTS: tl.constexpr,
-    PADDED_PAIRS: tl.constexpr, ORDERS: tl.constexpr, AHEAD: tl.constexpr, LANES: tl.constexpr,
-    CHUNKS: tl.constexpr, STRIDE: tl.constexpr, FREQUENCY: tl.constexpr, OVERLAP: tl.constexpr,
+    COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
+    PADDED_SLOTS: tl.constexpr, PADDED_PAIRS: tl.constexpr, ORDERS: tl.constexpr, AHEAD: tl.constexpr,
+    LANES: tl.constexpr, CHUNKS: tl.constexpr, STRIDE: tl.constexpr, FREQUENCY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     pair, slot, guess = tl.arange(0, PADDED_PAIRS), tl.arange(0, PADDED_SLOTS), tl.arange(0, LANES)
     chosen, exists = pair < PAIRS, slot < slots
     slot_of, expert_of = slot_of + layer * EXPERTS, expert_of + layer * slots
-    last_used, uses = last_used + layer * slots, uses + layer * slots
+    last_used, uses = last_used + layer * slots, uses + layer * EXPERTS
     counters, awaited_counters = counters + layer * 2, awaited_counters + layer * 3
     awaited_expert += layer * AHEAD
     order_frame, order_slot = order_frame + layer * ORDERS, order_slot + layer * ORDERS
@@ -294,9 +307,10 @@ def _resolve_kernel(
     expert = tl.load(choices + pair, mask=chosen, other=EXPERTS).to(tl.int32)
     resident = tl.load(expert_of + slot, mask=exists, other=-1)
     recency = tl.load(last_used + slot, mask=exists, other=0)
-    frequency = tl.load(uses + slot, mask=exists, other=0)
+    frequency = tl.load(uses + resident, mask=resident >= 0, other=0)
     now = tl.load(clock + layer) + 1
     place = tl.load(slot_of + expert, mask=chosen, other=-1)
+    used = tl.load(uses + expert, mask=chosen, other=0)
     frame = tl.load(frame_of + layer * EXPERTS + expert, mask=chosen, other=0)
     awaited = tl.load(awaited_expert + guess, mask=guess < AHEAD, other=-1)
     its_slot = tl.load(order_slot + guess, mask=awaited >= 0, other=-1)
@@ -316,12 +330,16 @@ def _resolve_kernel(
     in_use = among(place, slot)
     misses = tl.sum((first & missing).to(tl.int32), 0)
 
+    if now % FADING == 0:
+        used, frequency = (used + 1) // 2, (frequency + 1) // 2
+        _fade(uses, EXPERTS, PADDED_EXPERTS)
     # Threads store what others have loaded above: no store may overtake a load.
     tl.debug_barrier()
     tl.store(clock + layer, now)
+    tl.store(uses + expert, used + 1, mask=first)
     _note_use(
-        pair, first, found, handed, place, misses, slot, in_use, frequency, now, awaited, its_slot, arrived,
-        slot_of, expert_of, last_used, uses, counters, slot_ids, awaited_expert + guess,
+        pair, first, found, handed, place, misses, slot, in_use, now, awaited, its_slot, arrived,
+        slot_of, expert_of, last_used, counters, slot_ids, awaited_expert + guess,
     )  # fmt: skip
     wrong = (awaited >= 0) & ~arrived & ~dropped
     _settle_guesses(guess, arrived, wrong, awaited_counters, claimed, due, CHUNKS, STRIDE)
@@ -329,7 +347,7 @@ def _resolve_kernel(
         may_go = exists & ~in_use & ~among(its_slot, slot)
         order, taken = _take_slots(
             pair, expert, missing, first, misses, may_go, slot, resident, recency, frequency, now,
-            slot_of, expert_of, last_used, uses, slot_ids, FREQUENCY,
+            slot_of, expert_of, last_used, slot_ids, FREQUENCY,
         )  # fmt: skip
         order_copies(
             order_frame, order_slot, claimed, done, due, AHEAD + order, frame, taken, missing & (taken >= 0),

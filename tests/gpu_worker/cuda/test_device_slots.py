@@ -14,7 +14,7 @@ from gpu_worker.cuda.kernels.orders import CHUNK
 from gpu_worker.cuda.kernels.slots import ABSENT
 from gpu_worker.slots.cache import LayerSlots, LayerState
 from gpu_worker.slots.counters import LayerCounters
-from gpu_worker.slots.policies import POLICIES, Policy, Usage
+from gpu_worker.slots.policies import FADING, POLICIES, Policy
 
 EXPERTS, RANKS, STRIDE = 40, 6, 4096
 
@@ -23,12 +23,12 @@ class HostSlots:
     """The twin: `LayerSlots` driven as `SlotExperts` does for a step that fits."""
 
     def __init__(self, layers: int, slots: int, policy: Policy) -> None:
-        self.layers = [LayerSlots(slots, policy) for _ in range(layers)]
+        self.layers = [LayerSlots(slots, EXPERTS, policy) for _ in range(layers)]
         self.hits = self.misses = 0
 
     def resolve(self, layer: int, choices: torch.Tensor) -> list[list[int]]:
         slots, needed = self.layers[layer], sorted(set(choices.flatten().tolist()))
-        slots.tick()
+        slots.begin(needed)
         hits = [expert for expert in needed if slots.lookup(expert) is not None]
         missing = [expert for expert in needed if slots.lookup(expert) is None]
         self.hits, self.misses = self.hits + len(hits), self.misses + len(missing)
@@ -99,17 +99,29 @@ def check_records(device: DeviceSlots) -> None:
             assert expert < 0 or bounds[slot] == [layer * EXPERTS + expert] * 2
 
 
+def begin(here: DeviceSlots, host: HostSlots, clock: int, seed: int) -> None:
+    """Both with free slots, at this time, and with uses that experts had before."""
+    draw, slots = torch.Generator().manual_seed(seed), here.pool.shape[1]
+    for layer in range(len(host.layers)):
+        uses = torch.randint(0, clock + 1, (EXPERTS,), generator=draw).tolist()
+        state = LayerState(clock, [ABSENT] * slots, [0] * slots, uses)
+        here.restore(layer, state)
+        host.layers[layer] = LayerSlots.resumed(state, POLICIES[here.policy])
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     policy=st.sampled_from(sorted(POLICIES)),
     layers=st.integers(1, 3),
     slots=st.integers(RANKS, 32),
+    clock=st.sampled_from([0, FADING - 3]),
     seed=st.integers(0, 2**32),
 )
 def test_decisions_are_the_hosts(
-    device: torch.device, policy: str, layers: int, slots: int, seed: int
+    device: torch.device, policy: str, layers: int, slots: int, clock: int, seed: int
 ) -> None:
     here, host = device_slots(layers, slots, policy, device), HostSlots(layers, slots, POLICIES[policy])
+    begin(here, host, clock, seed)
     counted = here.counters()
     for layer, choices in trace(layers, slots, seed, steps=14):
         before = counted
@@ -196,7 +208,9 @@ def test_settling_fills_free_slots_and_ages_with_the_last_step(device: torch.dev
     after = here.snapshot()
     assert after[0] == before[0]
     assert after[1].experts == [*before[1].experts[:6], 30, ABSENT, 20, ABSENT]
-    assert (after[1].usage[8], after[1].usage[6]) == (Usage(1, 1), Usage(1, 1))
+    assert (after[1].last_used[8], after[1].last_used[6]) == (1, 1)
+    chosen = {3, 9, 4, 5, 8, 7, 20, 30}
+    assert after[1].uses == [int(expert in chosen) for expert in range(EXPERTS)]
     assert places_of(here, 1, torch.tensor([[20, 30]])) == [[8, 6]]
 
 

@@ -173,7 +173,7 @@ def test_slots_in_use_stay_and_free_ones_take_what_was_used_most(
         experts.compute(0, x, choices, weights)
         after = cache.snapshot()
         assert after[0].experts == [3, 6, 1, 4], "4 was used three times, and of equals the first is taken"
-        assert after[0].usage[:2] == before[0].usage[:2] and after[1] == before[1]
+        assert after[0].last_used[:2] == before[0].last_used[:2] and after[1] == before[1]
         counted = experts.counters
         assert (counted.hits, counted.misses) == (1, 2 + 4)
         for slot, expert in enumerate(after[0].experts):

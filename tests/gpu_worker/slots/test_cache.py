@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gpu_worker.slots.cache import LayerSlots
-from gpu_worker.slots.policies import POLICIES, Usage, lfru, lru
+from gpu_worker.slots.policies import FADING, POLICIES, Usage, lfru, lru
 
 EXPERTS = st.integers(0, 7)
 
@@ -16,7 +16,7 @@ class SlotMachine(RuleBasedStateMachine):
 
     @initialize(slots=st.integers(1, 4), policy=st.sampled_from(sorted(POLICIES)))
     def start(self, slots: int, policy: str) -> None:
-        self.slots = LayerSlots(slots, POLICIES[policy])
+        self.slots = LayerSlots(slots, 8, POLICIES[policy])
         self.filling: set[int] = set()
         self.resident: set[int] = set()
         self.pinned: set[int] = set()
@@ -58,7 +58,7 @@ class SlotMachine(RuleBasedStateMachine):
     @rule(data=st.data(), retire=st.booleans())
     def use(self, data: st.DataObject, retire: bool) -> None:
         expert = data.draw(st.sampled_from(sorted(self.resident)))
-        self.slots.tick()
+        self.slots.begin([expert])
         (self.slots.retire if retire else self.slots.touch)(expert)
 
     @invariant()
@@ -87,20 +87,50 @@ def test_lfru_gives_up_the_fewest_uses_for_its_age() -> None:
     assert lfru(10, [(0, Usage(1, 2)), (2, Usage(1, 2))]) == 0
 
 
-def test_a_retired_expert_is_the_next_victim() -> None:
-    slots = LayerSlots(2, lru)
-    for expert in (0, 1):
-        slots.tick()
+def use(slots: LayerSlots, expert: int) -> None:
+    """A step that wants this one."""
+    slots.begin([expert])
+    if slots.lookup(expert) is None:
         slots.reserve(expert)
         slots.publish(expert)
+    else:
+        slots.touch(expert)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_retired_expert_is_the_next_victim(policy: str) -> None:
+    """However often it was used."""
+    slots = LayerSlots(2, 8, POLICIES[policy])
+    for expert in (0, 1, 1, 1):
+        use(slots, expert)
     slots.retire(1)
     slots.reserve(2)
     assert slots.lookup(1) is None
     assert slots.lookup(0) is not None
 
 
+def test_an_expert_keeps_its_uses_while_it_is_away() -> None:
+    slots = LayerSlots(2, 8, lfru)
+    for expert in (0, 0, 0, 0, 1, 2, 0, 3):
+        use(slots, expert)
+    # 0 came back with four uses, now five in 2 steps of age: 3 took the slot of 2, with one.
+    assert slots.lookup(0) is not None and slots.lookup(2) is None
+
+
+def test_uses_fade() -> None:
+    slots = LayerSlots(1, 8, lfru)
+    for _ in range(FADING - 1):
+        use(slots, 0)
+    assert slots.state().uses[:2] == [FADING - 1, 0]
+    use(slots, 1)
+    assert slots.state().uses[:3] == [FADING // 2, 1, 0]
+    for _ in range(2 * FADING):
+        use(slots, 1)
+    assert slots.state().uses[0] == FADING // 8
+
+
 def test_reserving_with_everything_pinned_is_a_broken_invariant() -> None:
-    slots = LayerSlots(1, lru)
+    slots = LayerSlots(1, 8, lru)
     slots.reserve(0)
     slots.publish(0)
     slots.pin(0)

@@ -38,7 +38,7 @@ def tables(resident: list[int], coming: list[int], begun: int, clock: int, devic
     slot_of, expert_of = torch.full((LAYERS, EXPERTS), ABSENT), torch.full((LAYERS, SLOTS), ABSENT)
     for slot, expert in enumerate(resident):
         slot_of[LAYER, expert], expert_of[LAYER, slot] = slot, expert
-    columns = slot_of, expert_of, torch.zeros(LAYERS, SLOTS), torch.zeros(LAYERS, SLOTS)
+    columns = slot_of, expert_of, torch.zeros(LAYERS, SLOTS), torch.zeros(LAYERS, EXPERTS)
     columns = *columns, torch.full((LAYERS,), clock)
     counters = torch.zeros(LAYERS, 2, dtype=torch.int64)
     directory = Directory(*(column.int() for column in columns), counters=counters)

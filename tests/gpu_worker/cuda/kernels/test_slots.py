@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from gpu_worker.cuda.kernels import slots as kernels
 from gpu_worker.cuda.kernels.orders import AHEAD, CHUNK, Orders, chunks_of, no_orders
 from gpu_worker.cuda.kernels.slots import ABSENT, Awaited, Directory
-from gpu_worker.slots.policies import POLICIES
+from gpu_worker.slots.policies import FADING, POLICIES, RETIRED
 
 LAYERS, EXPERTS, MAX_PAIRS = 3, 40, 128
 MUCH = 2**31 - 3
@@ -27,7 +28,9 @@ def directory(slots: int, largest: int, seed: int) -> Directory:
         places = torch.randperm(slots, generator=draw)[:taken]
         expert_of[layer, places] = experts
         slot_of[layer, experts] = places
-    last_used, uses = torch.randint(0, largest + 1, (2, LAYERS, slots), generator=draw)
+    last_used = torch.randint(0, largest + 1, (LAYERS, slots), generator=draw)
+    last_used[torch.rand(LAYERS, slots, generator=draw) < 0.1] = RETIRED
+    uses = torch.randint(0, largest + 1, (LAYERS, EXPERTS), generator=draw)
     clock = torch.full((LAYERS,), largest)
     columns = (slot_of, expert_of, last_used, uses, clock)
     return Directory(*(column.int() for column in columns), counters=torch.zeros(LAYERS, 2, dtype=torch.long))
@@ -80,13 +83,14 @@ def resolved(
 @given(
     policy=st.sampled_from(sorted(POLICIES)),
     slots=st.integers(1, 48),
-    largest=st.sampled_from([0, 1, 3, 20, 10**6, MUCH]),
+    largest=st.sampled_from([0, 1, 3, 20, FADING - 1, 10**6, MUCH]),
     choices=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=MAX_PAIRS),
     coming=st.lists(st.integers(0, EXPERTS - 1), max_size=6),
     seed=st.integers(0, 2**32),
 )
 # Products beyond int32, and fractions that floating point would not tell apart.
 @example(policy="lfru", slots=16, largest=MUCH, choices=list(range(16)), coming=[3], seed=0)
+@example(policy="lfru", slots=24, largest=FADING - 1, choices=[*range(16), 3], coming=[3, 20], seed=1)
 def test_resolving(
     device: torch.device,
     policy: str,
@@ -110,6 +114,20 @@ def test_an_expert_without_a_slot_has_none(device: torch.device) -> None:
     state = directory(2, 0, 0)
     written = resolved(kernels.resolve, state, torch.tensor([3, 2, 1, 0]), "lru", device)
     assert sorted(written[6][:4]) == [ABSENT, ABSENT, 0, 1]
+
+
+@pytest.mark.parametrize(("clock", "goes"), [(FADING - 1, 0), (FADING, 1)])
+def test_who_goes_is_seen_once_uses_have_faded(device: torch.device, clock: int, goes: int) -> None:
+    """4 uses and 3 are as many when they are halved, and then the lower slot goes."""
+    state = directory(2, 0, 0)
+    for column in (state.slot_of, state.expert_of, state.last_used):
+        column.fill_(ABSENT)
+    for slot, (expert, uses) in enumerate(((10, 4), (11, 3))):
+        state.slot_of[1, expert], state.expert_of[1, slot], state.uses[1, expert] = slot, expert, uses
+    state.clock.fill_(clock)
+    for twin in (kernels.resolve, kernels.resolve_plain):
+        written = resolved(twin, state, torch.tensor([20]), "lfru", device)
+        assert written[6][0] == goes
 
 
 def test_what_a_wrong_guess_left_is_nobodys(device: torch.device) -> None:
