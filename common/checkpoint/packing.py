@@ -22,6 +22,7 @@ from common.checkpoint.names import expert_names
 from common.checkpoint.source import Matrix, WeightSource
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
+from common.hlwq import native
 from common.hlwq.calibrated import error_feedback, feedback_memory, pack_calibrated
 from common.hlwq.codebook import packing_codebook, published_codebook
 from common.hlwq.matrix import PackedMatrix
@@ -121,23 +122,21 @@ def in_order(jobs: Iterable[Callable[[], T]], each: int = _MEMORY_OF_ROWS) -> Ge
     """What `jobs` return, in their order, several done at a time; only a few results exist at any time.
 
     As many threads as torch has, or fewer where memory would not do: `each` bytes for one with its job and
-    two waiting results. Until the generator is exhausted or closed, torch runs with one thread here.
+    two waiting results. Until the generator is exhausted or closed, whoever computes does so on one thread.
     """
-    before = torch.get_num_threads()
-    threads = max(1, min(before, _MEMORY // each))
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(threads, "packing")
-    pending: deque[Future[T]] = deque()
-    try:
-        for job in jobs:
-            pending.append(pool.submit(job))
-            if len(pending) > 2 * threads:
+    with native.one_thread() as before:
+        threads = max(1, min(before, _MEMORY // each))
+        pool = ThreadPoolExecutor(threads, "packing")
+        pending: deque[Future[T]] = deque()
+        try:
+            for job in jobs:
+                pending.append(pool.submit(job))
+                if len(pending) > 2 * threads:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _record(

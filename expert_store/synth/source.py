@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from common.checkpoint.plan import make_plan
 from common.checkpoint.source import Matrix, Stored, carried_files
 from common.checkpoint.tensor_file import TensorInfo
 from common.expert_key import ExpertKey
+from common.hlwq import native
 from common.hlwq.planes import RAW_BITS
 from common.model_config import ModelConfig
 from common.record import ExpertBits, matrix_layout, record_layouts
@@ -58,21 +58,11 @@ def synthesize(
     synthesis: Synthesis, destination: Path, progress: Callable[[int, int], None]
 ) -> PackedCheckpoint:
     """Write the packed checkpoint `destination`, which must not exist; raises what `pack` raises."""
-    with TemporaryDirectory() as directory, _one_thread():
+    # One thread draws faster than checksums are computed, which is what the other cores are for.
+    with TemporaryDirectory() as directory, native.one_thread():
         source = SyntheticSource(Path(directory), synthesis)
         details = {"shape": synthesis.shape, "seed": str(synthesis.seed), "skew": f"{synthesis.skew:g}"}
         return pack(source, destination, make_plan(source), progress, synthesis.name, details)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread draws faster than checksums are computed, which is what the other cores are for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class SyntheticSource:

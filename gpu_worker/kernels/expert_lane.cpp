@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -26,7 +26,7 @@ struct HlwqLane {
     int64_t layers;
     const uint8_t* frames;  // records, `stride` bytes apart
     int64_t frame_count, stride;
-    int64_t pairs;                  // that a request can have, at most 16
+    int64_t pairs;                  // that a request can have, at most kMostPairs
     int64_t hidden;                 // floats of a product
     const volatile int32_t* request;  // [0] sequence, written last; [1] layer; [2 + p] frame of pair p, or -1
     const float* x;                 // one row as hlwq_device_experts takes it
@@ -34,7 +34,7 @@ struct HlwqLane {
     float* products;                // (pairs, hidden): those of pairs with a frame are written
 };
 
-// Starts a lane, which answers what differs from `answered`. Null if the system gives no thread.
+// Starts a lane, which answers what differs from `answered`. Null if the system gives no thread for it.
 void* hlwq_lane_start(const HlwqLane* lane);
 // Requests may come soon: makes a lane spin that sleeps. Costs no system call while it is awake.
 void hlwq_lane_wake(void* handle);
@@ -130,7 +130,10 @@ class Lane {
             records[count] = lane_.frames + frame * lane_.stride;
             products[count++] = lane_.products + pair * lane_.hidden;
         }
-        hlwq_device_experts(&up_[layer], &down_[layer], records, count, lane_.x, products);
+        if (!hlwq_device_experts(&up_[layer], &down_[layer], records, count, lane_.x, products)) {
+            std::fprintf(stderr, "expert lane: no memory to compute with\n");  // the GPU waits: nobody can be told
+            std::abort();
+        }
         __atomic_store_n(lane_.answered, seen_ = asked, __ATOMIC_RELEASE);
     }
 
@@ -148,10 +151,9 @@ class Lane {
 }  // namespace
 
 void* hlwq_lane_start(const HlwqLane* lane) {
-    if (lane->pairs > kMostPairs) broken("pairs", lane->pairs);
     try {
         return new Lane(*lane);
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
         return nullptr;
     }
 }

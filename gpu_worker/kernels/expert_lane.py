@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_int64, c_void_p
 from types import TracebackType
 from typing import NamedTuple
@@ -47,7 +47,9 @@ class _Lane(ctypes.Structure):
 
 
 _layouts = POINTER(native.Layout)
-native.declare("hlwq_device_experts", [_layouts, _layouts, c_void_p, c_int64, c_void_p, c_void_p])
+native.declare(
+    "hlwq_device_experts", [_layouts, _layouts, c_void_p, c_int64, c_void_p, c_void_p], native.Done
+)
 native.declare("hlwq_lane_start", [POINTER(_Lane)], c_void_p)
 native.declare("hlwq_lane_wake", [c_void_p])
 native.declare("hlwq_lane_stop", [c_void_p])
@@ -118,8 +120,8 @@ def device_experts(layout: RecordLayout, records: Sequence[Tensor], x: Tensor, p
     )
 
 
-def _stop(handle: int, kept: object) -> None:
-    native.call("hlwq_lane_stop", handle)
+def _stop(stop: Callable[[int], None], handle: int, kept: object) -> None:
+    stop(handle)
 
 
 class ExpertLane:
@@ -158,7 +160,9 @@ class ExpertLane:
         if self._handle is None:
             raise Exhausted("the system gives no thread to compute experts with")
         # The thread reads memory that would go with this object, or with the interpreter.
-        self._stop = weakref.finalize(self, _stop, self._handle, self._kept)
+        self._stop = weakref.finalize(
+            self, _stop, native.function("hlwq_lane_stop"), self._handle, self._kept
+        )
 
     def wake(self) -> None:
         """Requests may come soon. Costs no system call while the lane is awake."""

@@ -4,6 +4,7 @@
 // is in gpu_worker/model/mamba2.py and ssd.py.
 #include <cmath>
 #include <cstdint>
+#include <new>
 
 #include "../../common/hlwq/native/pool.h"
 #include "clones.h"
@@ -18,9 +19,9 @@ struct Mamba2Shape {
 
 // projected (sequences, tokens, inner + channels + heads): gate, convolution inputs, dt; y (sequences, tokens, inner).
 // conv_states (places, channels, conv_kernel - 1), ssm_states (places, heads, head_dim, state): those at `places`
-// (sequences) advance.
-void mamba2_scan(const Mamba2Shape* shape, int64_t sequences, int64_t tokens, const int64_t* places,
-                 const float* projected, float* conv_states, float* ssm_states, float* y);
+// (sequences) advance. Returns 0, with all states as they were, if memory runs out.
+int32_t mamba2_scan(const Mamba2Shape* shape, int64_t sequences, int64_t tokens, const int64_t* places,
+                    const float* projected, float* conv_states, float* ssm_states, float* y);
 }
 
 namespace {
@@ -105,12 +106,13 @@ CLONES void gated_norm(const Mamba2Shape& s, int64_t first, int64_t last, const 
 
 }  // namespace
 
-void mamba2_scan(const Mamba2Shape* shape, int64_t sequences, int64_t tokens, const int64_t* places,
-                 const float* projected, float* conv_states, float* ssm_states, float* y) {
+int32_t mamba2_scan(const Mamba2Shape* shape, int64_t sequences, int64_t tokens, const int64_t* places,
+                    const float* projected, float* conv_states, float* ssm_states, float* y) {
     const Mamba2Shape& s = *shape;
     const int64_t inner = s.heads * s.head_dim, channels = inner + 2 * s.groups * s.state;
     const int64_t width = inner + channels + s.heads, each = s.heads / s.groups, span = inner / s.groups;
-    float* const convolved = new float[sequences * tokens * channels];
+    float* const convolved = new (std::nothrow) float[sequences * tokens * channels];
+    if (!convolved) return 0;
     constexpr int64_t kChannels = 256;
     const int64_t parts = (channels + kChannels - 1) / kChannels;
     hlwq::parallel_for(sequences * parts, [&](int64_t piece) {
@@ -135,4 +137,5 @@ void mamba2_scan(const Mamba2Shape* shape, int64_t sequences, int64_t tokens, co
             gated_norm(s, group * span, (group + 1) * span, projected + row * width, y + row * inner);
     });
     delete[] convolved;
+    return 1;
 }

@@ -34,7 +34,7 @@ class _Shape(ctypes.Structure):
     )
 
 
-native.declare("mamba2_scan", [POINTER(_Shape), c_int64, c_int64, *[c_void_p] * 5])
+native.declare("mamba2_scan", [POINTER(_Shape), c_int64, c_int64, *[c_void_p] * 5], native.Done)
 
 
 class Mamba2Kernel:

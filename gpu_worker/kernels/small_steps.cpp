@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #include "../../common/hlwq/native/pool.h"
 #include "clones.h"
@@ -14,9 +16,10 @@ extern "C" {
 void rms_norm(const float* x, const float* weight, float epsilon, int64_t rows, int64_t columns, float* y);
 
 // x (rows, hidden) under gate (experts, hidden): the k best of sigmoid(x gate^T) + bias, best first, and their
-// weights without the bias, which add up to `scaling` if `normalise`, else are scaled by it.
-void route(const float* x, const float* gate, const float* bias, int64_t rows, int64_t experts, int64_t hidden,
-           int64_t k, int32_t normalise, float scaling, int64_t* choices, float* weights);
+// weights without the bias, which add up to `scaling` if `normalise`, else are scaled by it. Returns 0 if memory runs
+// out.
+int32_t route(const float* x, const float* gate, const float* bias, int64_t rows, int64_t experts, int64_t hidden,
+              int64_t k, int32_t normalise, float scaling, int64_t* choices, float* weights);
 }
 
 namespace {
@@ -55,9 +58,11 @@ void rms_norm(const float* x, const float* weight, float epsilon, int64_t rows, 
         scale(x, weight, 1.0f / std::sqrt(dot(x, x, columns) / float(columns) + epsilon), columns, y);
 }
 
-void route(const float* x, const float* gate, const float* bias, int64_t rows, int64_t experts, int64_t hidden,
-           int64_t k, int32_t normalise, float scaling, int64_t* choices, float* weights) {
-    float* const scores = new float[rows * experts];
+int32_t route(const float* x, const float* gate, const float* bias, int64_t rows, int64_t experts, int64_t hidden,
+              int64_t k, int32_t normalise, float scaling, int64_t* choices, float* weights) {
+    const std::unique_ptr<float[]> scores(new (std::nothrow) float[rows * experts]);
+    const std::unique_ptr<bool[]> chosen(new (std::nothrow) bool[experts]);
+    if (!scores || !chosen) return 0;
     constexpr int64_t kExperts = 8;
     const int64_t parts = (experts + kExperts - 1) / kExperts;
     hlwq::parallel_for(rows * parts, [&](int64_t piece) {
@@ -65,15 +70,13 @@ void route(const float* x, const float* gate, const float* bias, int64_t rows, i
         for (int64_t e = first; e < std::min(experts, first + kExperts); e++)
             scores[row * experts + e] = 1.0f / (1.0f + std::exp(-dot(x + row * hidden, gate + e * hidden, hidden)));
     });
-    bool* const chosen = new bool[experts];
     for (int64_t row = 0; row < rows; row++) {
-        const float* own = scores + row * experts;
-        choose(own, bias, experts, k, chosen, choices + row * k);
+        const float* own = scores.get() + row * experts;
+        choose(own, bias, experts, k, chosen.get(), choices + row * k);
         float total = 0;
         for (int64_t rank = 0; rank < k; rank++) total += own[choices[row * k + rank]];
         const float factor = normalise ? scaling / (total + 1e-20f) : scaling;
         for (int64_t rank = 0; rank < k; rank++) weights[row * k + rank] = own[choices[row * k + rank]] * factor;
     }
-    delete[] chosen;
-    delete[] scores;
+    return 1;
 }

@@ -14,7 +14,7 @@ from common.hlwq import native
 from common.model_config import ModelConfig
 
 native.declare("rms_norm", [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p])
-native.declare("route", [*[c_void_p] * 3, *[c_int64] * 4, c_int32, c_float, c_void_p, c_void_p])
+native.declare("route", [*[c_void_p] * 3, *[c_int64] * 4, c_int32, c_float, c_void_p, c_void_p], native.Done)
 
 
 def usable(*tensors: Tensor) -> bool:

@@ -113,8 +113,9 @@ def _of_demo(text: Path) -> list[Routing]:
 
 
 def _drawn(skew: float, habit: float, seed: int) -> Routing:
-    """`skew`: of a power law of popularity; `habit`: how strong, beside one token's noise, an expert's fortune is,
-    which each token hands to the next but for 3 %."""
+    """`skew`: of a power law of popularity; `habit`: how strong an expert's fortune is beside the noise;
+    an expert keeps 97 % of it from token to token.
+    """
     draw = np.random.default_rng(seed)
     fortune, routing = np.zeros(128), []
     for token in range(_TOKENS):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import ConfigError
+from common.errors import ConfigError, Exhausted
 
 if TYPE_CHECKING:
     from common.hlwq.matrix import PackedMatrix
@@ -85,6 +85,20 @@ def set_threads(threads: int) -> None:
 
 
 @contextmanager
+def one_thread() -> Iterator[int]:
+    """Kernels and PyTorch compute on the thread that calls them; gets how many PyTorch had."""
+    library, before = _library(), torch.get_num_threads()
+    kernels_before = 1 if library is None else library.hlwq_threads()
+    set_threads(1)
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+        set_threads(kernels_before)
+
+
+@contextmanager
 def forced(kernels: str) -> Iterator[None]:
     """Compute on one of PATHS, or with the "plain" twins, in the whole process until the block ends.
 
@@ -134,6 +148,7 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x.dtype; computed in float32."""
         rows = _rows(x)
+        assert rows.shape[1] == self._layout.in_features
         y = torch.empty(rows.shape[0], self._layout.out_features)
         call("hlwq_product", self._layout, self._base, rows.data_ptr(), rows.shape[0], y.data_ptr())
         return _like(y, x)
@@ -164,7 +179,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
     """y (rows, columns) in the form and type of x (..., any)."""
-    y = y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+    y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
     return y if x.dtype == y.dtype else y.to(x.dtype)
 
 
@@ -216,12 +231,13 @@ def repack_run(
 def quantize(
     weight: Tensor, nearest: NearestCentroid, shares: Sequence[float]
 ) -> tuple[Tensor, Tensor] | None:
-    """Codes uint8 (out, padded) and norms float16 (out, blocks) of W (out, in), whatever float W is.
+    """Codes uint8 (out, padded) and norms float16 (out, blocks) of W (out, in), a float of any type.
 
     None when a weight is not finite or a norm exceeds float16. Without `shares` norms are not fitted.
     """
     rows, columns = weight.shape
-    weight, blocks = weight.contiguous(), -(-columns // 128)
+    weight = (weight if weight.dtype in _TYPES else weight.float()).contiguous()
+    blocks = -(-columns // 128)
     codes = torch.empty(rows, blocks * 128, dtype=torch.uint8)
     norms = torch.empty(rows, blocks, dtype=torch.float16)
     parts = (nearest.codebook, nearest.midpoints, nearest.lowest, nearest.threshold)
@@ -250,6 +266,9 @@ def experts(
     """
     x = x.contiguous()
     assert products.is_contiguous() and pairs.dtype == starts.dtype == np.int64
+    assert x.dtype == products.dtype == torch.float32 and len(starts) == len(records) + 1
+    assert x.shape[1] == up.in_features == products.shape[1] == down.out_features
+    assert up.out_features == down.in_features and products.shape[0] == x.shape[0] * k
     addresses = (c_void_p * len(records))(*records)
     call(
         "hlwq_experts", up, down, addresses, len(records), starts.ctypes.data, pairs.ctypes.data, k,
@@ -260,24 +279,47 @@ def experts(
 def combine(products: Tensor, weights: Tensor) -> Tensor:
     """products (rows * k, hidden) weighted by weights (rows, k) and summed in rank order; float32 all."""
     (rows, k), hidden = weights.shape, products.shape[1]
+    assert products.shape[0] == rows * k and products.dtype == weights.dtype == torch.float32
     products, weights = products.contiguous(), weights.contiguous()
     sums = torch.empty(rows, hidden)
     call("hlwq_combine", products.data_ptr(), weights.data_ptr(), rows, k, hidden, sums.data_ptr())
     return sums
 
 
+class Done(c_int32):
+    """The result of functions that return 0 where memory ran out: calls of them raise Exhausted then."""
+
+
 def declare(name: str, arguments: list[Any], result: Any = None) -> None:
     """Give the signature of a function that another room adds to the library."""
     _SIGNATURES[name] = (result, arguments)
     if _loaded.cache_info().currsize and (library := _loaded()) is not None:
-        getattr(library, name).restype, getattr(library, name).argtypes = _SIGNATURES[name]
+        _sign(library, name)
+
+
+def function(name: str) -> Callable[..., Any]:
+    """A function of the library, which must be usable."""
+    library = _library()
+    assert library is not None
+    found: Callable[..., Any] = getattr(library, name)
+    return found
 
 
 def call(name: str, *arguments: Any) -> Any:
     """Call a function of the library, which must be usable."""
-    library = _library()
-    assert library is not None
-    return getattr(library, name)(*arguments)
+    return function(name)(*arguments)
+
+
+def _sign(library: ctypes.CDLL, name: str) -> None:
+    signed = getattr(library, name)
+    signed.restype, signed.argtypes = _SIGNATURES[name]
+    if signed.restype is Done:
+        signed.errcheck = _check_done
+
+
+def _check_done(done: Done, *_: Any) -> None:
+    if not done.value:
+        raise Exhausted("there is not enough memory to compute with")
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
@@ -288,6 +330,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hlwq_path": (c_char_p, []),
     "hlwq_set_path": (c_int32, [c_char_p]),
     "hlwq_set_threads": (None, [c_int32]),
+    "hlwq_threads": (c_int32, []),
     "hlwq_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_unpack": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_unpack_run": (None, [c_void_p, c_int64, c_int64, c_int32, c_void_p]),
@@ -298,10 +341,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [c_void_p, c_int32, c_int64, c_int64, POINTER(Grid), c_void_p, c_int32, c_void_p, c_void_p],
     ),
     "hlwq_decode": (None, [POINTER(Layout), c_void_p, c_int32, c_void_p]),
-    "hlwq_product": (None, [POINTER(Layout), c_void_p, c_void_p, c_int64, c_void_p]),
+    "hlwq_product": (Done, [POINTER(Layout), c_void_p, c_void_p, c_int64, c_void_p]),
     "hlwq_combine": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "hlwq_experts": (
-        None,
+        Done,
         [
             POINTER(Layout),
             POINTER(Layout),
@@ -339,9 +382,8 @@ def _loaded() -> ctypes.CDLL | None:
         )
         return None
     library = ctypes.CDLL(str(found[0]))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    for name in _SIGNATURES:
+        _sign(library, name)
     if wanted:
         _choose_path(library, wanted)
     library.hlwq_set_threads(torch.get_num_threads())

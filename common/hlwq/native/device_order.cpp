@@ -85,12 +85,13 @@ struct Experts {
 
 using namespace hlwq;
 
-void hlwq_device_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t count,
-                         const float* x, float* const* products) {
+int32_t hlwq_device_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records,
+                            int64_t count, const float* x, float* const* products) {
     static thread_local Scratch scratch;
-    scratch.reserve(count, up->out_features);
+    if (!unless_out_of_memory([&] { scratch.reserve(count, up->out_features); })) return 0;
     const Experts experts{path(), *up, *down, records, x, products, scratch, {*up, count}, {*down, count}};
     for (int64_t expert = 0; expert < count; expert++) scratch.left(expert) = experts.ups.each;
     parallel_for(count * experts.ups.each, [&experts](int64_t piece) { experts.up_piece(piece); });
     parallel_for(count * experts.downs.each, [&experts](int64_t piece) { experts.down_piece(piece); });
+    return 1;
 }

@@ -10,6 +10,7 @@
 #include "pool.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -22,7 +23,9 @@ constexpr int64_t kOutputs = 32;  // output features in a piece of work, of one 
 const Path* find_path(const char* name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned a, b, c = 0, d;  // older compilers do not know F16C by name
+    const bool half = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    const bool avx2 = half && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx512 && (!name || !std::strcmp(name, "avx512"))) return &kAvx512;
@@ -132,6 +135,8 @@ int32_t hlwq_set_path(const char* name) {
 
 void hlwq_set_threads(int32_t threads) { set_threads(threads); }
 
+int32_t hlwq_threads() { return threads(); }
+
 void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes) {
     pieces(rows * columns / kBlock, 1024, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; block++)
@@ -201,7 +206,7 @@ void hlwq_decode(const HlwqLayout* layout, const uint8_t* record, int32_t type, 
     });
 }
 
-void hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* x, int64_t rows, float* y) {
+static void product(const HlwqLayout* layout, const uint8_t* record, const float* x, int64_t rows, float* y) {
     const Path& kernels = path();
     Rows prepared(rows, kernels.stride(*layout));
     std::vector<const float*> sources(rows);
@@ -220,8 +225,12 @@ void hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* 
     });
 }
 
-void hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t experts,
-                  const int64_t* starts, const int64_t* pairs, int64_t k, const float* x, float* products) {
+int32_t hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* x, int64_t rows, float* y) {
+    return unless_out_of_memory([&] { product(layout, record, x, rows, y); });
+}
+
+static void experts_of(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t experts,
+                       const int64_t* starts, const int64_t* pairs, int64_t k, const float* x, float* products) {
     const Path& kernels = path();
     const int64_t hidden = up->in_features, inner = up->out_features, count = starts[experts];
     std::vector<int64_t> rows(count);  // the distinct rows, ascending, each prepared once
@@ -255,6 +264,11 @@ void hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* c
         for (int64_t i = first; i < last; i++) kernels.prepare(*down, middle[i], true, prepared[i]);
     });
     multiply(*down, down_sources.data(), down_targets.data());
+}
+
+int32_t hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t experts,
+                     const int64_t* starts, const int64_t* pairs, int64_t k, const float* x, float* products) {
+    return unless_out_of_memory([&] { experts_of(up, down, records, experts, starts, pairs, k, x, products); });
 }
 
 void hlwq_combine(const float* products, const float* weights, int64_t rows, int64_t k, int64_t hidden, float* sums) {

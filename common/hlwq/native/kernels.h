@@ -1,6 +1,7 @@
 // The C interface of the native kernels: raw pointers in, raw pointers out, no allocation that a caller sees.
 // Layouts are those of common/record.py and common/hlwq/planes.py. Every function may be called from any thread;
-// work is spread over the pool of pool.h. Nothing here checks its arguments: the Python side does.
+// work is spread over the pool of pool.h. Nothing here checks its arguments: the Python side does. What returns
+// int32_t returns 0 where memory ran out, and then what it writes may be anything, unless something else is said.
 #pragma once
 #include <cstdint>
 
@@ -21,6 +22,7 @@ const char* hlwq_path();
 // Limit the choice to one path by name, for tests; returns 0 when this machine lacks it.
 int32_t hlwq_set_path(const char* name);
 void hlwq_set_threads(int32_t threads);
+int32_t hlwq_threads();  // never 0
 
 // codes (rows, columns) uint8 to planes and back; columns a multiple of 128.
 void hlwq_pack(const uint8_t* codes, int64_t rows, int64_t columns, int64_t bits, uint8_t* const* planes);
@@ -57,18 +59,18 @@ int32_t hlwq_quantize(const void* weights, int32_t type, int64_t rows, int64_t c
 void hlwq_decode(const HlwqLayout* layout, const uint8_t* record, int32_t type, void* weights);
 
 // y (rows, out) = x W'^T for x (rows, in), both float32. A row's result does not depend on its neighbours.
-void hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* x, int64_t rows, float* y);
+int32_t hlwq_product(const HlwqLayout* layout, const uint8_t* record, const float* x, int64_t rows, float* y);
 
 // For expert e of `experts` and each of its pairs p (flat positions row * k + rank, grouped by expert, those of e
 // at pairs[starts[e]] .. pairs[starts[e + 1]]): products[p] = down(relu(up(x[p / k]))^2), float32 (., hidden).
-void hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t experts,
-                  const int64_t* starts, const int64_t* pairs, int64_t k, const float* x, float* products);
+int32_t hlwq_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t experts,
+                     const int64_t* starts, const int64_t* pairs, int64_t k, const float* x, float* products);
 
 // products[i] (hidden) = down(relu(up(x))^2) of each of `count` packed experts, bit for bit as a GPU worker's kernels
 // compute it. x is one row as they have it: rotated, in the products' order, whole blocks (device_order.inc). Both
 // matrices at most 24 blocks wide, not raw.
-void hlwq_device_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records, int64_t count,
-                         const float* x, float* const* products);
+int32_t hlwq_device_experts(const HlwqLayout* up, const HlwqLayout* down, const uint8_t* const* records,
+                            int64_t count, const float* x, float* const* products);
 
 // sums[row] = sum over ranks, in their order, of weights[row * k + rank] * products[row * k + rank].
 void hlwq_combine(const float* products, const float* weights, int64_t rows, int64_t k, int64_t hidden, float* sums);

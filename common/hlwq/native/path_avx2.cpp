@@ -101,7 +101,7 @@ struct ByteTable {
     }
 };
 
-// Centroids rounded to bfloat16, as two tables of bytes; `rest` receives what rounding left.
+// Centroids rounded to bfloat16, as two tables of bytes.
 template <int BITS>
 struct WordTable {
     ByteTable<BITS> lower, upper;

@@ -3,8 +3,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <unistd.h>
 #include <vector>
@@ -93,7 +93,7 @@ struct Pool {
         stopping = false;
         try {
             for (int i = 1; i < wanted; i++) workers.emplace_back(&Pool::serve, this);
-        } catch (const std::system_error&) {  // there can be no more: those that came will do
+        } catch (const std::exception&) {  // there can be no more: those that came will do
         }
         threads = 1 + int(workers.size());
     }
@@ -102,18 +102,21 @@ struct Pool {
 // Never destroyed: its threads may still spin while the process exits. A fork leaves them behind, so the child
 // gets a pool of its own, which begins without threads.
 Pool& pool() {
-    static std::mutex guard;
-    static Pool* instance = nullptr;
-    std::lock_guard lock(guard);
-    if (!instance || instance->owner != getpid()) instance = new Pool;
-    return *instance;
+    static std::atomic<Pool*> instance{nullptr};  // no lock: a fork may leave one held by a thread that is gone
+    Pool* found = instance.load();
+    if (found && found->owner == getpid()) return *found;
+    Pool* const made = new Pool;
+    if (instance.compare_exchange_strong(found, made)) return *made;
+    delete made;  // another thread was first
+    return *found;
 }
 
 }  // namespace
 
 void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
     Pool& shared = pool();
-    if (count <= 1 || shared.threads == 1 || uint64_t(count) > kField) {
+    // Every thread claims one piece that does not exist before it stops: these must fit the field as well.
+    if (count <= 1 || shared.threads == 1 || uint64_t(count) > kField / 2) {
         for (int64_t i = 0; i < count; i++) body(i);
         return;
     }

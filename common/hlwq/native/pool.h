@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <new>
 
 namespace hlwq {
 
@@ -31,6 +32,16 @@ inline int64_t run_of(int64_t items, int64_t fewest) {
 // How long a thread spins before it sleeps, from its next wait on.
 constexpr int kDefaultSpin = 30;  // microseconds
 void set_spin(int microseconds);
+
+// Calls body(); 0 if memory ran out meanwhile: an exception must not reach a caller that is not C++.
+template <class Body>
+inline int32_t unless_out_of_memory(const Body& body) {
+    try {
+        return body(), 1;
+    } catch (const std::bad_alloc&) {
+        return 0;
+    }
+}
 
 // Between two looks at what a thread waits for: leaves the core's other thread its share.
 inline void relax() {

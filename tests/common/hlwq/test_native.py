@@ -24,8 +24,8 @@ from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, PLANE_WIDTHS, empty_planes, pack_planes, padded, unpack_planes
 from common.hlwq.quantize import pack_matrix, quantize
 from gpu_worker.kernels.expert_mlp import combine
-from tests.helpers.few_threads import without_more_threads
 from tests.helpers.native_paths import forced_or_skipped
+from tests.helpers.no_room import without_more_room
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
 # bfloat16 centroids are looked up exactly; others keep at least 16 bits of their significand.
@@ -301,19 +301,85 @@ def test_a_fork_can_compute(threads: Callable[[int], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_fewer_threads_than_asked_for_will_do() -> None:
-    before = """
-import torch
+# For a process of its own.
+A_PRODUCT = """
+import os, threading, torch
 from common.hlwq import native
 from common.hlwq.quantize import pack_matrix
 matrix, x = pack_matrix(torch.randn(200, 300), 5, torch.linspace(-2, 2, 32)), torch.randn(1, 300)
 native.set_threads(1)
 expected = matrix.product(x)
 """
-    result = without_more_threads(
-        before, "native.set_threads(64)\nprint(torch.equal(matrix.product(x), expected))"
-    )
+
+
+def test_forks_amid_work_can_compute() -> None:
+    """A lock that another thread holds at the fork would never be released in the child."""
+    script = f"""{A_PRODUCT}
+native.set_threads(2)
+def work():
+    while True: matrix.product(x)
+threading.Thread(target=work, daemon=True).start()
+for _ in range(40):
+    child = os.fork()
+    if child == 0: os._exit(0 if torch.equal(matrix.product(x), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+os._exit(0)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_fewer_threads_than_asked_for_will_do() -> None:
+    then = "native.set_threads(64)\nprint(torch.equal(matrix.product(x), expected))"
+    result = without_more_room(A_PRODUCT, then)
     assert result.stdout == "True\n", result.stderr
+
+
+def test_too_little_memory_is_told() -> None:
+    before = f"""{A_PRODUCT}
+narrow, x = pack_matrix(torch.randn(8, 300), 5, torch.linspace(-2, 2, 32)), torch.randn(100_000, 300)
+"""
+    then = """
+try: narrow.product(x)
+except Exception as error: print(type(error).__name__, error)
+print(torch.equal(matrix.product(x[:1]), matrix.product(x[:1])))
+"""
+    result = without_more_room(before, then)
+    assert result.stdout == "Exhausted there is not enough memory to compute with\nTrue\n", result.stderr
+
+
+def test_one_thread_is_for_a_block(threads: Callable[[int], None]) -> None:
+    threads(2)
+    before = torch.get_num_threads()
+    with native.one_thread() as had:
+        assert (had, torch.get_num_threads(), native.function("hlwq_threads")()) == (before, 1, 1)
+    assert (torch.get_num_threads(), native.function("hlwq_threads")()) == (before, 2)
+
+
+@pytest.mark.parametrize("bits", [5, 16])
+def test_nothing_comes_of_no_rows(path: str, bits: int) -> None:
+    matrix = random_matrix(64, 256, bits, True)
+    assert matrix.product(torch.empty(0, 256)).shape == (0, 64)
+    assert matrix.product(torch.empty(1, 0, 256)).shape == (1, 0, 64)
+
+
+def test_an_expert_without_rows_is_passed_over(path: str) -> None:
+    up, down = random_matrix(64, 256, 5, True), random_matrix(256, 64, 5, True)
+    (up_layout, base), x = native.layout_of(up), torch.randn(4, 256)
+    down_layout, _ = native.layout_of(down, base)
+    found = []
+    for starts in ([0, 4], [0, 4, 4], [0, 0, 4]):
+        products, records = torch.full((4, 256), torch.nan), [base] * (len(starts) - 1)
+        native.experts(
+            up_layout, down_layout, records, np.array(starts), np.arange(4), 1, x, products
+        )  # fmt: skip
+        found.append(products)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_activations_must_be_as_wide_as_the_matrix(path: str) -> None:
+    with pytest.raises(AssertionError):
+        random_matrix(64, 256, 5, True).product(torch.randn(2, 128))
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from common.model_config import ModelConfig
 from common.record import ExpertBits, RecordLayouts, record_layouts
 from gpu_worker.kernels import expert_lane
 from gpu_worker.kernels.expert_lane import ExpertLane, Mailbox, device_experts
-from tests.helpers.few_threads import without_more_threads
 from tests.helpers.models import tiny_config
 from tests.helpers.native_paths import forced_or_skipped
+from tests.helpers.no_room import without_more_room
 
 pytestmark = pytest.mark.skipif(native.path() in (native.PLAIN, "portable"), reason="takes AVX2 or AVX-512")
 
@@ -177,10 +177,25 @@ lane = ExpertLane(layouts, torch.zeros(1, layouts.stride, dtype=torch.uint8), ma
 
 
 def test_without_a_thread_there_is_no_lane() -> None:
-    result = without_more_threads(
-        A_LANE, "try: lane.start()\nexcept Exception as e: print(type(e).__name__, e)"
-    )
+    result = without_more_room(A_LANE, "try: lane.start()\nexcept Exception as e: print(type(e).__name__, e)")
     assert result.stdout.startswith("Exhausted the system gives no thread"), result.stderr
+
+
+def test_a_lane_ends_whatever_computes_elsewhere() -> None:
+    """Its thread reads what goes with it."""
+    script = f"""{A_LANE}
+import os
+from common.hlwq import native
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+lane.start()
+assert threads() == before + 1
+with native.forced("plain"):
+    lane.close()
+assert threads() == before
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
