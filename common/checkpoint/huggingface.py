@@ -45,7 +45,7 @@ Parts = dict[str, Place]
 
 
 class HuggingFaceCheckpoint:
-    """An open directory, a `WeightSource`; nothing is mapped, so memory holds what was asked for."""
+    """An open directory, a `WeightSource`; memory holds what was asked for, beside the page cache."""
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:
         """Empty; `open` is the way to get one that holds its tensors."""

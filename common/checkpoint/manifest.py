@@ -72,6 +72,8 @@ class Manifest:
         for name, kind in get_type_hints(cls).items():
             if not isinstance(values[name], getattr(kind, "__origin__", kind)):
                 raise TypeError(f"{name} is {values[name]!r}")
+        if outside := [name for name in files if Path(name).name != name]:  # it is foreign input
+            raise ValueError(f"files lead out of the directory: {outside!r}")
         pairs = values["expert_bits"]
         if not all(isinstance(pair, list) and [type(bits) for bits in pair] == [int, int] for pair in pairs):
             raise TypeError(f"expert_bits is {pairs!r}")

@@ -27,7 +27,7 @@ from common.checkpoint.packed import DENSE, RECORDS, PackedCheckpoint, layer_fil
 from common.checkpoint.packing import CONVERGED, packed_records
 from common.checkpoint.plan import BitPlan, kept_codes
 from common.checkpoint.resumable import ResumableDirectory, resumable_directory
-from common.checkpoint.source import WeightSource
+from common.checkpoint.source import WeightSource, read_carried
 from common.checkpoint.tensor_file import TensorInfo, data, header
 from common.expert_key import ExpertKey
 from common.record import RecordLayouts, record_layouts
@@ -57,16 +57,17 @@ def pack(
     layouts = record_layouts(source.config, plan.experts)
     identity = source.identity
     dense = DenseFile(source, plan, calibration, codebook)
-    sizes = {path.name: path.stat().st_size for path in source.carried_files()} | {DENSE: dense.size}
+    carried = {path.name: read_carried(path) for path in source.carried_files()}
+    sizes = {name: len(content) for name, content in carried.items()} | {DENSE: dense.size}
     head = header({RECORDS: TensorInfo("U8", (source.config.n_routed_experts, layouts.stride))})
     for layer in range(source.config.num_layers):
         sizes[layer_file(layer)] = len(head) + source.config.n_routed_experts * layouts.stride
-    key = _key(identity, layouts, plan, calibration, codebook)
+    key = _key(identity, carried, layouts, plan, calibration, codebook)
     make = partial(packed_records, source, layouts, calibration, codebook)
     with intact(source) as check_intact, resumable_directory(destination, key, sizes) as directory:
         done = _Done(source, progress, directory.finished)
-        for path in source.carried_files():
-            directory.write(path.name, partial(_copy, path))
+        for carried_name, content in carried.items():
+            directory.write(carried_name, partial(_write, content))
         directory.write(DENSE, partial(dense.write, done.count_dense))
         _write_layers(directory, source, make, head, done)
         check_intact()
@@ -129,17 +130,24 @@ def _write_layers(
             directory.write(layer_file(layer), fill)
 
 
-def _copy(path: Path, file: ChecksummedFile) -> None:
-    file.write(path.read_bytes())
+def _write(content: bytes, file: ChecksummedFile) -> None:
+    file.write(content)
 
 
 def _key(
-    identity: str, layouts: RecordLayouts, plan: BitPlan, calibration: Calibration | None, codebook: str
+    identity: str,
+    carried: dict[str, bytes],
+    layouts: RecordLayouts,
+    plan: BitPlan,
+    calibration: Calibration | None,
+    codebook: str,
 ) -> str:
     """Whatever decides the bytes of the files: runs of one key can share them."""
     versions = [VERSION, importlib.metadata.version("expert-serving")]
+    # A source's identity need not speak of these.
+    beside = {name: hashlib.sha256(content).hexdigest() for name, content in carried.items()}
     inputs = calibration and calibration.identity
-    decisive = [*versions, identity, layouts.digest, sorted(plan.dense.items()), inputs, codebook]
+    decisive = [*versions, identity, beside, layouts.digest, sorted(plan.dense.items()), inputs, codebook]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

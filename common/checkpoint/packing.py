@@ -23,7 +23,7 @@ from common.checkpoint.source import Matrix, WeightSource
 from common.errors import CheckpointError
 from common.expert_key import ExpertKey
 from common.hlwq import native
-from common.hlwq.calibrated import error_feedback, feedback_memory, pack_calibrated
+from common.hlwq.calibrated import Moment, error_feedback, feedback_memory, pack_calibrated
 from common.hlwq.codebook import packing_codebook, published_codebook
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import RAW_BITS
@@ -148,10 +148,11 @@ def _record(
 ) -> Tensor:
     record = torch.zeros(layouts.stride, dtype=torch.uint8)  # zero between sections, so always the same bytes
     matrices, layout = source.expert(key), layouts[key.layer].matrices
-    feedbacks = _feedbacks(calibration, key, matrices, layout)
-    parts = zip(layout, matrices, expert_names(source.config, key), feedbacks, strict=True)
-    for place, matrix, name, feedback in parts:
+    moments = _moments(calibration, key, matrices, layout)
+    parts = zip(layout, matrices, expert_names(source.config, key), moments, strict=True)
+    for place, matrix, name, moment in parts:
         try:
+            feedback = None if moment is None else error_feedback(moment)
             for rows in row_slices(matrix, feedback is not None):
                 pack_rows(matrix, place, record, Quantization(codebook, feedback), rows)
         except CheckpointError as error:
@@ -159,14 +160,15 @@ def _record(
     return record
 
 
-def _feedbacks(
+def _moments(
     calibration: Calibration | None,
     key: ExpertKey,
     matrices: tuple[Matrix, Matrix],
     layout: tuple[MatrixLayout, MatrixLayout],
-) -> list[Tensor | None]:
+) -> list[Moment | None]:
+    """Of the inputs of those that are quantized."""
     wanted = [quantizes(matrix, place.bits) for matrix, place in zip(matrices, layout, strict=True)]
     if calibration is None or not any(wanted):
         return [None, None]
     moments = calibration.expert(key, unpacked(matrices[0]))
-    return [error_feedback(moment) if use else None for moment, use in zip(moments, wanted, strict=True)]
+    return [moment if use else None for moment, use in zip(moments, wanted, strict=True)]

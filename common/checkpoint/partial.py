@@ -104,7 +104,7 @@ def for_file(error: OSError) -> str:
 
 def check_absent(destination: Path) -> None:
     """Refuse to write over what is there."""
-    if destination.exists():
+    if destination.exists() or destination.is_symlink():  # a link to nothing is something, too
         raise CheckpointError(f"{destination} exists already; remove it or choose another name")
 
 

@@ -69,8 +69,10 @@ def kept_codes(source: WeightSource, plan: BitPlan) -> set[bool]:
     """For all matrices that are codes by `plan`, whether they keep the codes that `source` has of them."""
     stored = source.dense_stored
     pairs = [(bits, stored[name].bits) for name, bits in plan.dense.items()]
-    for bits, before in zip(plan.experts, source.expert_bits, strict=True):
-        pairs += zip(bits, before or (None, None), strict=True)
+    for layer, bits in enumerate(plan.experts):
+        for expert in range(source.config.n_routed_experts):  # some may be codes, and others not
+            before = source.expert_stored(ExpertKey(layer, expert))
+            pairs += zip(bits, (kept.bits for kept in before), strict=True)
     return {bits == before for bits, before in pairs if bits != RAW_BITS}
 
 

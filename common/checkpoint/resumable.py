@@ -62,9 +62,9 @@ class ResumableDirectory:
             self._append({"key": self._key})
         self.path.mkdir(exist_ok=True)
         sync_directory(self.path.parent)
-        damaged = [name for name, entry in self.finished.items() if not _is_whole(self.path / name, entry)]
-        for name in damaged:
-            del self.finished[name]
+        for name, entry in list(self.finished.items()):
+            if name not in self._sizes or not _is_whole(self.path / name, entry):
+                del self.finished[name]
         self.remove_unfinished()
         if self.finished:
             _logger.info("going on with %s, where %d files are finished", self.path, len(self.finished))

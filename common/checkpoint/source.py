@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from common.checkpoint.names import Shape
+from common.errors import Unavailable
 from common.expert_key import ExpertKey
 from common.hlwq.matrix import PackedMatrix
 from common.model_config import ModelConfig
@@ -34,6 +35,14 @@ _CARRIED = (
 def carried_files(directory: Path) -> list[Path]:
     """The small files of a checkpoint that every form of it has: config, tokenizer, chat template."""
     return [path for name in _CARRIED if (path := directory / name).is_file()]
+
+
+def read_carried(path: Path) -> bytes:
+    """One of them, whole; raises Unavailable naming it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be read: {error.strerror}") from error
 
 
 class Stored(NamedTuple):
@@ -85,6 +94,9 @@ class WeightSource(Protocol):
 
     def dense_matrix(self, name: str) -> Matrix:
         """One dense weight by canonical name; raises CheckpointError naming it."""
+
+    def expert_stored(self, key: ExpertKey) -> tuple[Stored, Stored]:
+        """How the two projections of one routed expert come out of `expert`, told without reading them."""
 
     def expert(self, key: ExpertKey) -> tuple[Matrix, Matrix]:
         """The up (out, in) and down (out, in) projections of one routed expert.

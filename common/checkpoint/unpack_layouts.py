@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.checkpoint.packing import row_slices
 from common.checkpoint.source import Matrix, Stored
 from common.checkpoint.tensor_file import TensorInfo
 from common.errors import ConfigError
@@ -22,7 +23,6 @@ from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, RAW_BITS, pack_planes, padded
 
 BF16, HLWQ_Q5, POLAR_ENGINE_V5 = "bf16", "hlwq-q5", "polar_engine_v5"
-_CODES_AT_ONCE = 1 << 20  # keeps the intermediates of decoding in the last-level cache
 
 
 class Part(NamedTuple):
@@ -162,9 +162,8 @@ def _scaled_codebook(matrix: Matrix) -> Iterator[Tensor]:
 
 def _some_rows_at_a_time(matrix: Matrix) -> Iterator[PackedMatrix]:
     assert isinstance(matrix, PackedMatrix)
-    at_once = max(1, _CODES_AT_ONCE // matrix.in_features)
-    for start in range(0, matrix.shape[0], at_once):
-        yield matrix.rows(slice(start, start + at_once))
+    for rows in row_slices(matrix):
+        yield matrix.rows(rows)
 
 
 def _five_bits(codes: Tensor, most_significant_first: bool) -> Tensor:

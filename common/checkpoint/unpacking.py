@@ -11,13 +11,12 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from common.checkpoint.intact import intact
 from common.checkpoint.names import expert_names
 from common.checkpoint.partial import check_room, partial_directory, writing
 from common.checkpoint.polar_config import POLAR_CONFIG
-from common.checkpoint.source import SYNTHETIC, Matrix, Stored, WeightSource
+from common.checkpoint.source import SYNTHETIC, Matrix, Stored, WeightSource, read_carried
 from common.checkpoint.unpack_layouts import BF16, LAYOUTS, matrix_key, polar_entry
 from common.checkpoint.unpack_shards import (
     LARGEST_SHARD,
@@ -32,14 +31,6 @@ from common.errors import ConfigError
 from common.expert_key import ExpertKey
 from common.hlwq.planes import BLOCK, RAW_BITS
 
-
-class Unpackable(WeightSource, Protocol):
-    """A checkpoint whose headers tell how every weight comes out of it."""
-
-    def expert_stored(self, key: ExpertKey) -> tuple[Stored, Stored]:
-        """How the two projections of one expert come out of `expert`."""
-
-
 Progress = Callable[[int, int], None]
 CONFIG = "config.json"
 # Keys of a config that speak of what does not travel: the source's own layout, and Python files beside it.
@@ -47,7 +38,7 @@ _LEFT_BEHIND = ("quantization_config", "auto_map")
 
 
 def unpack(
-    source: Unpackable,
+    source: WeightSource,
     destination: Path,
     layout: str,
     progress: Progress,
@@ -56,8 +47,8 @@ def unpack(
     """Write `source` to `destination`, which must not exist, in one of LAYOUTS; returns the files of weights.
 
     `progress` gets bytes done and in all. Raises ConfigError for a weight that the layout cannot carry,
-    CheckpointError for one that is damaged or a destination that cannot be made, Exhausted when the disk is
-    full, and then leaves nothing behind.
+    CheckpointError for damaged codes or a destination that cannot be made, Exhausted when the disk is full,
+    and then leaves nothing behind. Plain weights come out as they are.
     """
     shards = make_shards(_groups(source, layout), largest_shard)
     total = sum(group.size for shard in shards for group in shard.groups)
@@ -81,7 +72,7 @@ def unpack(
     return shards
 
 
-def _groups(source: Unpackable, layout: str) -> Iterator[Group]:
+def _groups(source: WeightSource, layout: str) -> Iterator[Group]:
     """All weights: the dense ones in the order of the forward pass, then experts layer by layer."""
     for name, stored in source.dense_stored.items():
         yield Group([_weight(source, layout, name, stored)], partial(_read_dense, source, name))
@@ -91,7 +82,7 @@ def _groups(source: Unpackable, layout: str) -> Iterator[Group]:
         yield Group(weights, partial(source.expert, key))
 
 
-def _weight(source: Unpackable, layout: str, name: str, stored: Stored) -> Weight:
+def _weight(source: WeightSource, layout: str, name: str, stored: Stored) -> Weight:
     label = f"{source.directory}: {name}"
     try:
         return Weight(label, LAYOUTS[layout](name, stored))
@@ -99,28 +90,28 @@ def _weight(source: Unpackable, layout: str, name: str, stored: Stored) -> Weigh
         raise ConfigError(f"{label} {error}") from None
 
 
-def _read_dense(source: Unpackable, name: str) -> tuple[Matrix]:
+def _read_dense(source: WeightSource, name: str) -> tuple[Matrix]:
     return (source.dense_matrix(name),)
 
 
-def _expert_keys(source: Unpackable) -> Iterator[ExpertKey]:
+def _expert_keys(source: WeightSource) -> Iterator[ExpertKey]:
     for layer in range(source.config.num_layers):
         for expert in range(source.config.n_routed_experts):
             yield ExpertKey(layer, expert)
 
 
-def _carry(source: Unpackable, directory: Path) -> None:
+def _carry(source: WeightSource, directory: Path) -> None:
     """Config, tokenizer and chat template."""
     for path in source.carried_files():
+        content = read_carried(path)
         with writing(directory / path.name), (directory / path.name).open("xb") as file:
-            file.write(_config(path, source.synthetic) if path.name == CONFIG else path.read_bytes())
+            file.write(_config(content, source.synthetic) if path.name == CONFIG else content)
             file.flush()
             os.fsync(file.fileno())
 
 
-def _config(path: Path, synthetic: bool) -> bytes:
+def _config(content: bytes, synthetic: bool) -> bytes:
     """The config as it is, but for what speaks of the source alone, and with a mark on random weights."""
-    content = path.read_bytes()
     before = json.loads(content)
     config = {name: value for name, value in before.items() if name not in _LEFT_BEHIND}
     if synthetic:
@@ -128,7 +119,7 @@ def _config(path: Path, synthetic: bool) -> bytes:
     return content if config == before else (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _polar_config(source: Unpackable, layout: str) -> dict[str, object]:
+def _polar_config(source: WeightSource, layout: str) -> dict[str, object]:
     stored = dict(source.dense_stored)
     for key in _expert_keys(source):
         stored.update(zip(expert_names(source.config, key), source.expert_stored(key), strict=True))

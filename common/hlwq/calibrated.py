@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import CheckpointError
 from common.hlwq.hadamard import hadamard_transform
 from common.hlwq.matrix import PackedMatrix
 from common.hlwq.planes import BLOCK, pack_planes, padded
@@ -55,11 +56,13 @@ def error_feedback(moment: Moment) -> Tensor | None:
     """R with H S H = R D R^T, unit upper triangular, D diagonal: float32 (padded in, padded in).
 
     Column j says how much of the errors of the columns before it column j makes up for. None when no input
-    was ever seen, or none but zeros.
+    was ever seen, or none but zeros. Raises CheckpointError when inputs, or their squares, were not finite.
     """
     columns = moment.total.shape[0]
     mean = float(moment.total.diagonal().mean())
-    if not mean > 0:
+    if not math.isfinite(mean):
+        raise CheckpointError("the inputs that were seen in calibration are too large, or not finite")
+    if mean <= 0:
         return None
     size = padded(columns)
     damped = torch.zeros(size, size)

@@ -29,7 +29,7 @@ from common.expert_key import ExpertKey
 from common.hlwq import native
 from common.hlwq.planes import RAW_BITS
 from common.model_config import ModelConfig
-from common.record import ExpertBits, matrix_layout, record_layouts
+from common.record import ExpertBits, RecordLayouts, matrix_layout, record_layouts
 from expert_store.synth.dense import CORRECTION_BIAS, dtype_of, standard_deviation, vector
 from expert_store.synth.records import BlockPool, DrawnMatrix, gaussian_blocks, generator
 from expert_store.synth.router import correction_bias, popularity
@@ -98,8 +98,7 @@ class SyntheticSource:
 
     @property
     def routed_bytes(self) -> int:
-        stride = record_layouts(self.config, self.expert_bits).stride
-        return self.config.num_layers * self.config.n_routed_experts * stride
+        return self.config.num_layers * self.config.n_routed_experts * self._layouts.stride
 
     def files(self) -> list[Path]:
         return self.carried_files()
@@ -118,6 +117,13 @@ class SyntheticSource:
             name, shape, self.synthesis.dense_bits if name in self._packed_dense else RAW_BITS
         )
 
+    def expert_stored(self, key: ExpertKey) -> tuple[Stored, Stored]:
+        up, down = (
+            Stored((layout.out_features, layout.in_features), "BF16", layout.size, layout.bits)
+            for layout in self._layouts[key.layer].matrices
+        )
+        return up, down
+
     def expert(self, key: ExpertKey) -> tuple[Matrix, Matrix]:
         """The up (out, in) and down (out, in) projections of one routed expert, packed."""
         names, shapes = expert_names(self.config, key), expert_shapes(self.config)
@@ -125,6 +131,10 @@ class SyntheticSource:
             self._matrix(name, shape, self.synthesis.bits) for name, shape in zip(names, shapes, strict=True)
         )
         return up, down
+
+    @cached_property
+    def _layouts(self) -> RecordLayouts:
+        return record_layouts(self.config, self.expert_bits)
 
     def _correction_bias(self, name: str) -> Tensor:
         config = self.config

@@ -58,6 +58,13 @@ def forge_checksum(packed: Path) -> None:
         raw["files"][EXPERTS]["sha256"] = "0" * 64
 
 
+def list_another_directorys_file(packed: Path) -> None:
+    (packed.parent / "another").write_text("{}")
+    with edited_json(packed / MANIFEST) as raw:
+        raw["files"]["../another"] = {"bytes": 2, "sha256": "0" * 64}
+        raw["fingerprint"] = fingerprint(raw)
+
+
 def remove_layer(packed: Path) -> None:
     (packed / EXPERTS).unlink()
 
@@ -112,6 +119,7 @@ def widen_experts_in_config(packed: Path) -> None:
         (write_manifest("[]"), "damaged"),
         (unlist_layer, f"does not list {EXPERTS}"),
         (forge_checksum, "fingerprint"),
+        (list_another_directorys_file, "lead out of the directory.*another"),
         (remove_layer, f"{EXPERTS} is missing"),
         (truncate_layer, f"{EXPERTS} has .* bytes instead of"),
         (truncate_layer_and_reseal, f"{EXPERTS} is truncated"),

@@ -93,6 +93,13 @@ def test_own_codebooks_survive_being_published(pristine: Path, tmp_path: Path, l
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_some_experts_published_are_mixed(pristine: Path, tmp_path: Path) -> None:
+    model = published_model(pristine, 5, ("*.experts.0.*",))
+    source = HuggingFaceCheckpoint.open(model.write(tmp_path / "model", published.int8))
+    checkpoint = pack(source, tmp_path / "packed", make_plan(source, 5), lambda done, total: None)
+    assert checkpoint.manifest.codebook == "mixed"
+
+
 def test_other_bits_are_quantized_anew(pristine: Path, tmp_path: Path) -> None:
     """Only those: the down projections already have the bits that are asked for."""
     model = published_model(pristine, {"*.experts.*.up_proj": 6, "*.experts.*.down_proj": 4})

@@ -1,8 +1,10 @@
 """An interrupted pack goes on where it stopped, and whatever cannot be gone on with leaves nothing behind."""
 
+import errno
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ from common.checkpoint.packing import PUBLISHED
 from common.checkpoint.partial import partial_directory
 from common.checkpoint.plan import make_plan
 from common.errors import CheckpointError, Exhausted, Unavailable
-from tests.helpers.models import edited_tensors, pack_model
+from tests.helpers.models import edited_tensors, pack_model, unpack_model
 
 FIRST, SECOND = layer_file(0), layer_file(1)
 WEIGHTS = "model.safetensors"
@@ -119,6 +121,54 @@ def test_goes_on_after_an_interrupt(
     assert reports[0] > reports[-1] / 2 and len(reports) == 1 + 8, "what was finished was not redone"
 
 
+@pytest.mark.parametrize("then", [b"{}", None])
+def test_what_travels_along_is_as_the_last_run_found_it(
+    pristine_packed: Path, destination: Path, tmp_path: Path, then: bytes | None
+) -> None:
+    """Also where the source's own checksums do not speak of it."""
+    source = tmp_path / "source"
+    shutil.copytree(pristine_packed, source)
+    (source / "vocab.json").write_bytes(b"[]")
+    interrupted(source, destination)
+    (source / "vocab.json").unlink() if then is None else (source / "vocab.json").write_bytes(then)
+    pack_all(source, destination)
+    made, manifest = destination / "vocab.json", PackedCheckpoint.open(destination).manifest
+    assert (made.read_bytes() if made.exists() else None) == then
+    assert ("vocab.json" in manifest.files) == (then is not None)
+
+
+@pytest.mark.parametrize("what", [pack_model, unpack_model])
+def test_what_travels_along_must_be_readable(
+    pristine_packed: Path,
+    destination: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: Callable[..., object],
+) -> None:
+    source, read = tmp_path / "source", Path.read_bytes
+    shutil.copytree(pristine_packed, source)
+    (source / "tokenizer.json").write_bytes(b"{}")
+
+    def fails(path: Path) -> bytes:
+        if path.name == "tokenizer.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        said = f"{source / 'tokenizer.json'} cannot be read: Input/output error"
+        with pytest.raises(Unavailable, match=f"^{re.escape(said)}$"):
+            what(source, destination)
+    assert_nothing_left(destination)
+
+
+def test_a_link_to_nothing_is_not_written_over(pristine_packed: Path, destination: Path) -> None:
+    destination.symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="exists already"):
+        pack_model(pristine_packed, destination)
+    assert list(destination.parent.iterdir()) == [destination]
+
+
 def test_an_interrupt_while_finished_files_are_checked_keeps_them(
     pristine: Path, pristine_packed: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +182,7 @@ def test_an_interrupt_while_finished_files_are_checked_keeps_them(
 
 def test_an_interrupt_before_anything_is_finished_leaves_nothing(pristine: Path, destination: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.checkpoint.packed_writer._copy", lambda *call: interrupt())
+        patch.setattr("common.checkpoint.packed_writer._write", lambda *call: interrupt())
         interrupted(pristine, destination)
     assert_nothing_left(destination)
 

@@ -157,7 +157,7 @@ def test_rows_at_once_do_not_show(
     matrix = random_matrix(5)
     (tmp_path / "whole").mkdir()
     whole = written(tmp_path / "whole", layout, matrix)
-    monkeypatch.setattr("common.checkpoint.unpack_layouts._CODES_AT_ONCE", 300 * rows_at_once)
+    monkeypatch.setattr("common.checkpoint.packing._WEIGHTS_AT_ONCE", 300 * rows_at_once)
     pieces = written(tmp_path, layout, matrix)
     for name, tensor in pieces.items():
         rounding = 2**-7 if tensor.dtype == torch.bfloat16 else 0

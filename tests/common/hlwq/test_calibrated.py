@@ -49,6 +49,14 @@ def test_feedback_factors_the_damped_moment() -> None:
     assert float(off_diagonal.abs().max()) < 1e-5 * float(diagonal.diagonal().max())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
+def test_inputs_must_have_squares(value: float) -> None:
+    x = inputs(50, 200)
+    x[7, 9] = value
+    with pytest.raises(CheckpointError, match="too large, or not finite"):
+        error_feedback(Moment.of(x))
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_codes_are_those_of_gptq(bits: int) -> None:
     """arXiv:2210.17323, equations 2 and 3, without blocking and without Cholesky: update all later weights by
